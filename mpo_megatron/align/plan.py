@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mpo_megatron import device
 from mpo_megatron.align.defaults import build_training, choose_options
 from mpo_megatron.align.precision import ROUNDS_FOLDER
 from mpo_megatron.config import (
@@ -34,7 +35,6 @@ from mpo_megatron.config import (
     from_dict,
     is_hub_name,
     require,
-    validate_generate,
 )
 from mpo_megatron.config.checks import within
 from mpo_megatron.config.iterate import STAGES
@@ -45,6 +45,10 @@ from mpo_megatron.data.store import INFO_FILE, read_info
 from mpo_megatron.hf.identity import PEFT_CONFIG
 from mpo_megatron.plan.models import find_model
 from mpo_megatron.rollout.trained_policy import check_trained_policy
+from mpo_megatron.rollout.validation import check_generate
+from mpo_megatron.train.inputs import check_training
+from mpo_megatron.train.launcher import count_ranks
+from mpo_megatron.train.tracking import check_installed
 
 HELD_OUT = 100
 """Groups to hold out of 1,000 or more."""
@@ -129,10 +133,13 @@ def build_stages(config: AlignConfig, model: Path) -> Stages:
         own = {"model": str(checkpoint), "output": str(output / "answers" / name)}
         return from_dict(GenerateConfig, answers | own, "generate")
 
+    check_installed(train.logging)
+    if not device.has_gpu() or has_option(config.train, "parallel") or (output / "groups" / INFO_FILE).is_file():
+        check_training(train, config.nproc or count_ranks(train.parallel), family)  # otherwise the layout follows from the groups
     after = answering("after", output / "aligned")
     if config.answers:
         with within("generate"):
-            validate_generate(after)
+            check_generate(after)
         check_trained_policy(after, train.lora, family, model)
     return Stages(
         folder=output,

@@ -41,6 +41,7 @@ from mpo_megatron.config.train import (
     OptimizerConfig,
     TrainConfig,
     validate_folders,
+    validate_held_out,
 )
 from mpo_megatron.config.unused import validate_unused
 
@@ -98,6 +99,7 @@ __all__ = [
     "validate_experts",
     "validate_folders",
     "validate_generate",
+    "validate_held_out",
     "validate_score",
     "validate_unused",
 ]

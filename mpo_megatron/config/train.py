@@ -293,14 +293,27 @@ def validate_folders(config: TrainConfig) -> None:
     for name, folder in (("model.checkpoint", config.model.checkpoint), ("model.reference", config.model.reference)):
         if folder is not None and folder != ADAPTER_OFF:
             check_checkpoint(Path(folder), name)
-    for name, folder in (("data.train", config.data.train), ("data.eval", config.data.eval)):
-        if folder is not None:
-            require(
-                (Path(folder) / "prepare.json").is_file(),
-                f"{name} = {folder}; no prepared groups there; write them with `mpo prepare`.",
-            )
+    _check_groups("data.train", config.data.train)
+    validate_held_out(config)
+    check_writable(Path(config.output), "output")
+
+
+def validate_held_out(config: TrainConfig) -> None:
+    """Check that held-out groups exist, if they are set or needed.
+
+    Raises:
+        ConfigError: names the field, the rule and the fix.
+    """
+    if config.data.eval is not None:
+        _check_groups("data.eval", config.data.eval)
     require(
         config.checkpoint.keep_best == 0 or config.data.eval is not None,
         f"checkpoint.keep_best = {config.checkpoint.keep_best} needs held-out groups to tell the best; set data.eval.",
     )
-    check_writable(Path(config.output), "output")
+
+
+def _check_groups(name: str, folder: str) -> None:
+    require(
+        (Path(folder) / "prepare.json").is_file(),
+        f"{name} = {folder}; no prepared groups there; write them with `mpo prepare`.",
+    )

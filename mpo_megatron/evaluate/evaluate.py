@@ -19,7 +19,7 @@ from mpo_megatron.evaluate import held_out
 from mpo_megatron.evaluate.answering import answer_questions
 from mpo_megatron.evaluate.benchmarks import Benchmark, read_questions, write_answers
 from mpo_megatron.evaluate.plot import plot_evaluation
-from mpo_megatron.evaluate.samples import SampleSet, compare_samples, find_scored, read_samples, summarize_samples
+from mpo_megatron.evaluate.samples import SampleSet, check_sides, compare_samples, find_scored, read_samples, summarize_samples
 from mpo_megatron.rollout.records import write_summary
 from mpo_megatron.rollout.stages import run_ranks, save_config
 from mpo_megatron.terminal.console import Console
@@ -45,6 +45,9 @@ def evaluate(config: EvaluateConfig, num_ranks: int | None = None, console: Cons
     output = Path(config.output)
     files = config.benchmarks
     questions = {name: read_questions(name, Path(files[name])) for name in get_args(Benchmark) if name in files}
+    # A candidate that only answers benchmark questions needs no rewards.
+    measured = config.candidate is not None and (config.baseline is not None or bool(config.score) or not questions)
+    check_sides(config, measured=measured)
     if config.held_out is not None:
         # Every rank checks too; here one message appears instead of one per rank.
         num_ranks = num_ranks or count_ranks(config.held_out.parallel)
@@ -60,8 +63,7 @@ def evaluate(config: EvaluateConfig, num_ranks: int | None = None, console: Cons
         results["held_out"] = held_out.summarize(groups, num_resamples=config.num_resamples, seed=config.seed)
         pictures["margins"] = np.array([group.totals["margin"] for group in groups if group.counts["margin"]])
         _print_estimates(console, "held out", results["held_out"], ("accuracy", "margin"))
-    # A candidate that only answers benchmark questions needs no rewards.
-    if config.candidate is not None and (config.baseline is not None or config.score or not questions):
+    if measured:
         pictures |= measure_samples(config, results, console)
     for benchmark, asked in questions.items():
         answers = answer_questions(config, benchmark, asked)

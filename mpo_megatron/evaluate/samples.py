@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from mpo_megatron.config import EvaluateConfig, GenerateConfig, ScoreConfig, from_dict, require
+from mpo_megatron.config.checks import within
 from mpo_megatron.evaluate.statistics import (
     Comparison,
     Estimate,
@@ -36,6 +37,7 @@ from mpo_megatron.rollout.records import (
 )
 from mpo_megatron.rollout.score import score
 from mpo_megatron.rollout.stages import run_command
+from mpo_megatron.rollout.validation import check_generate, check_score
 
 MODELS = ("config.json", PEFT_CONFIG, "megatron", "checkpoints")
 """Files and folders that exist only in the folder of a model, an adapter, a checkpoint or a run."""
@@ -69,21 +71,77 @@ def find_scored(config: EvaluateConfig, role: str, path: str) -> Path:
         ConfigError: options needed for sampling or scoring are missing.
         DataError: a stage's input is unusable; completed work stays.
     """
-    folder, whole = Path(config.output) / role, {"shard": "0/1"}  # the whole input, even in a task of a Slurm array
-    if (Path(path) / SCORED_FILE).is_file():
-        return find_lines(path, SCORED_FILE, SCORE_FILE, role)
-    if Path(path).is_file() and has_rewards(Path(path)):
-        return Path(path)
-    if is_model(path):
-        require(config.prompts is not None, f"prompts = None; {role} = {path} is a model: set prompts for it to answer.")
-        options = {**config.generate, "prompts": config.prompts, "model": path, "output": str(folder / "samples")} | whole
-        sampling = from_dict(GenerateConfig, options, "generate")
+    if is_scored(path):
+        return Path(path) if Path(path).is_file() else find_lines(path, SCORED_FILE, SCORE_FILE, role)
+    sampling, scoring = build_sampling(config, role, path), build_scoring(config, role, path)
+    if sampling is not None:
         run_command("generate", generate, sampling)
-        path = sampling.output
-    require(bool(config.score), f"score = {{}}; the samples of {role} have no rewards yet: configure scorers (score.scorers).")
-    scoring = from_dict(ScoreConfig, {**config.score, "input": path, "output": str(folder / "scored")} | whole, "score")
     run_command("score", score, scoring)
     return find_lines(scoring.output, SCORED_FILE, SCORE_FILE)
+
+
+WHOLE = {"shard": "0/1"}
+"""The whole input, even in a task of a Slurm array."""
+
+
+def build_sampling(config: EvaluateConfig, role: str, path: str) -> GenerateConfig | None:
+    """How the `candidate` or `baseline` answers the prompts; None if its samples are given.
+
+    Raises:
+        ConfigError: there are no prompts, or an option is wrong.
+    """
+    if not is_model(path):
+        return None
+    require(config.prompts is not None, f"prompts = None; {role} = {path} is a model: set prompts for it to answer.")
+    output = str(Path(config.output) / role / "samples")
+    return from_dict(
+        GenerateConfig, {**config.generate, "prompts": config.prompts, "model": path, "output": output} | WHOLE, "generate"
+    )
+
+
+def build_scoring(config: EvaluateConfig, role: str, path: str) -> ScoreConfig:
+    """How the samples of the `candidate` or `baseline` are scored.
+
+    Raises:
+        ConfigError: there are no scorers, or an option is wrong.
+    """
+    require(bool(config.score), f"score = {{}}; the samples of {role} have no rewards yet: configure scorers (score.scorers).")
+    folder = Path(config.output) / role
+    source = str(folder / "samples") if is_model(path) else path
+    return from_dict(ScoreConfig, {**config.score, "input": source, "output": str(folder / "scored")} | WHOLE, "score")
+
+
+def check_sides(config: EvaluateConfig, *, measured: bool) -> None:
+    """Check how models answer and how answers are scored, before anything runs.
+
+    Args:
+        measured: whether rewards are measured; if not, the candidate only answers questions
+    Raises:
+        ConfigError: names the option, the rule and the fix.
+        DataError: a file of samples is unusable.
+    """
+    for role, path in (("candidate", config.candidate), ("baseline", config.baseline)):
+        if path is None:
+            continue
+        if is_model(path):
+            given = {**config.generate, "prompts": config.prompts or "", "model": path, "output": config.output}
+            asked = from_dict(GenerateConfig, given | WHOLE, "generate")
+            with within("generate"):
+                check_generate(asked)
+        if measured and not is_scored(path):
+            build_sampling(config, role, path)
+            scoring = build_scoring(config, role, path)
+            with within("score"):
+                check_score(scoring)
+
+
+def is_scored(path: str) -> bool:
+    """Whether a `candidate` or `baseline` has rewards already.
+
+    Raises:
+        DataError: a line is damaged, or there is none.
+    """
+    return (Path(path) / SCORED_FILE).is_file() or (Path(path).is_file() and has_rewards(Path(path)))
 
 
 def has_rewards(path: Path) -> bool:

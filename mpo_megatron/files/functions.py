@@ -72,6 +72,25 @@ def source_digest(option: str, function: str) -> str:
     return _digest(Path(path))
 
 
+def check_source(option: str, function: str) -> None:
+    """Refuse a file that is missing, is not Python, or does not name the function; does not run it.
+
+    Raises:
+        ConfigError: names the option and the cause.
+    """
+    source_digest(option, function)
+    place, _, name = function.rpartition(":")
+    if not place.endswith(".py"):
+        return
+    try:
+        source = Path(place).read_text(encoding="utf-8")
+        compile(source, place, "exec")
+    except (SyntaxError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or null bytes
+        raise ConfigError(f"{option} = {function}; {place} is not valid Python: {error}; fix it.") from error
+    if name not in source and "import *" not in source:
+        raise ConfigError(f"{option} = {function}; {place} has no function {name}; check its spelling.")
+
+
 def _load_file(path: Path) -> ModuleType:
     digest, folder = _digest(path), str(path.parent.resolve())
     if (path.resolve(), digest) in _LOADED:

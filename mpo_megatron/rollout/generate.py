@@ -12,7 +12,6 @@ next run retries them.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import itertools
 from array import array
 from collections import Counter
@@ -21,7 +20,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from mpo_megatron.config import GenerateConfig, require, validate_generate
+from mpo_megatron.config import GenerateConfig, require
 from mpo_megatron.data.chat import Chat, check_templated
 from mpo_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from mpo_megatron.files import DataError
@@ -56,6 +55,7 @@ from mpo_megatron.rollout.records import (
     write_summary,
 )
 from mpo_megatron.rollout.shards import Shard, choose_shard, join_shards
+from mpo_megatron.rollout.validation import check_generate
 from mpo_megatron.terminal.console import Console
 from mpo_megatron.terminal.progress import show_progress
 
@@ -73,8 +73,7 @@ def generate(config: GenerateConfig, console: Console | None = None) -> Path:
         DataError: the prompts cannot be read, too many failed, or the output cannot be written; generated groups stay.
     """
     console = console or Console()
-    validate_generate(config)
-    require_package(config.engine, f"engine = {config.engine}")
+    check_generate(config)
     shard, output = choose_shard(config.shard), Path(config.output)
     checkpoint = locate_model(config.model, tokenizer_only=not reads_weights(config))
     require(
@@ -115,14 +114,6 @@ def generate(config: GenerateConfig, console: Console | None = None) -> Path:
         return samples
     print_summary(console, output / SAMPLES_FILE, read_summary(output / GENERATE_FILE))
     return output / SAMPLES_FILE
-
-
-def require_package(name: str, why: str) -> None:
-    """Raise `ConfigError` unless a package is installed; does not import it."""
-    require(
-        importlib.util.find_spec(name) is not None,
-        f"{why} needs the package {name}, which is not installed: pip install 'mpo-megatron[rollout]', or pip install {name}.",
-    )
 
 
 def _build_sampling(config: GenerateConfig, chat: Chat, checkpoint: Path) -> Sampling:

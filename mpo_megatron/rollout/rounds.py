@@ -32,25 +32,25 @@ from mpo_megatron.config import (
     from_dict,
     require,
     to_dict,
-    validate_generate,
-    validate_score,
+    validate_held_out,
     validate_unused,
 )
 from mpo_megatron.config.checks import find_change, within
 from mpo_megatron.config.iterate import STAGES
 from mpo_megatron.config.names import check_options
-from mpo_megatron.config.parallel import check_ranks
 from mpo_megatron.config.sections import has_option
+from mpo_megatron.data.tokenizing import load_chat
 from mpo_megatron.hf.identity import weights_digest
 from mpo_megatron.hf.layout import read_model
 from mpo_megatron.model.checkpoint_folder import CONVERTED, megatron_checkpoint
 from mpo_megatron.rollout.prompt_split import PromptSplit, split_prompts
 from mpo_megatron.rollout.records import read_summary
 from mpo_megatron.rollout.trained_policy import check_trained_policy
+from mpo_megatron.rollout.validation import check_generate, check_score
 from mpo_megatron.train.checkpoints import checkpoint
+from mpo_megatron.train.inputs import check_training, open_some
 from mpo_megatron.train.launcher import count_ranks
-from mpo_megatron.train.objective import build_objective, check_data
-from mpo_megatron.train.tracking import check_installed
+from mpo_megatron.train.objective import check_data
 
 STATE_FILE = "iterate.json"
 FREE = ("output", "model", "prompts", "nproc")
@@ -334,21 +334,23 @@ def check_round(item: Round, answers: GenerateConfig, model: Path, num_ranks: in
     """
     try:
         with within("generate"):
-            validate_generate(item.generate)
+            check_generate(item.generate)
         with within("score"):
-            validate_score(item.score)
+            check_score(item.score)
         check_same_prompts(item.generate, item.prepare)
+        chat = load_chat(replace(item.prepare, tokenizer=str(model)))
         train = item.train
         with within("train"):
             validate_unused(train)
-        check_ranks(train.parallel, num_ranks)
         family, _ = read_model(model, train.parallel)
         for generate in (item.generate, answers):
             check_trained_policy(generate, train.lora, family, model)
-        check_installed(train.logging)
+        objective = check_training(train, num_ranks, family)
         labelled = item.select.sets != "all"
-        where = f"select.sets = {item.select.sets}"
-        check_data(build_objective(train.loss), has_rewards=True, has_labels=labelled, where=where)
+        check_data(objective, has_rewards=True, has_labels=labelled, where=f"select.sets = {item.select.sets}")
+        validate_held_out(train)
+        if train.data.eval is not None:
+            open_some("data.eval", train.data.eval, train, chat.tokenizer, family, objective)
         require(train.checkpoint.resume, "train.checkpoint.resume = false; a killed round could not resume; remove it.")
     except ConfigError as error:
         raise ConfigError(f"round {item.number}: {error}") from error

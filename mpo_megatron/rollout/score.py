@@ -19,13 +19,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mpo_megatron.config import ScoreConfig, require, validate_score
-from mpo_megatron.config.score import JudgeScorer, ServedRewardModelScorer, build_scorer_config, read_weight
+from mpo_megatron.config import ScoreConfig, require
+from mpo_megatron.config.score import build_scorer_config, read_weight
 from mpo_megatron.config.values import LARGEST_REWARD
 from mpo_megatron.files import DataError
 from mpo_megatron.files.digests import list_files
 from mpo_megatron.files.lock import hold
-from mpo_megatron.rollout.generate import require_package
 from mpo_megatron.rollout.records import (
     GENERATE_FILE,
     SAMPLES_FILE,
@@ -48,6 +47,7 @@ from mpo_megatron.rollout.records import (
 from mpo_megatron.rollout.score_summary import TOLD, print_summary, summarize
 from mpo_megatron.rollout.scorers import Scorer, build_scorer
 from mpo_megatron.rollout.shards import Shard, choose_shard, join_shards
+from mpo_megatron.rollout.validation import check_score
 from mpo_megatron.terminal.console import Console
 from mpo_megatron.terminal.progress import show_progress
 
@@ -63,13 +63,11 @@ def score(config: ScoreConfig, console: Console | None = None) -> Path:
         DataError: the input cannot be read, or scores are missing and `missing = error`; finished scores stay.
     """
     console = console or Console()
-    validate_score(config)
+    check_score(config)
     source, output, shard = find_lines(config.input, SAMPLES_FILE, GENERATE_FILE), Path(config.output), choose_shard(config.shard)
     scored, own = output / SCORED_FILE, output / shard.name(SCORED_FILE)
     require(scored.resolve() != source.resolve(), f"output = {output}; this would overwrite the input; choose another folder.")
     kinds = {name: build_scorer_config(name, options) for name, options in config.scorers.items()}
-    if any(isinstance(kind, JudgeScorer | ServedRewardModelScorer) for kind in kinds.values()):
-        require_package("openai", "a scorer behind an endpoint")
     with contextlib.ExitStack() as stack:
         scorers: list[Scorer] = []
         for name, kind in kinds.items():

@@ -24,11 +24,11 @@ from mpo_megatron.train.checkpoints import checkpoint
 from mpo_megatron.train.setup import Setup
 
 
-def choose_record(config: TrainConfig, family: Family) -> AdapterRecord | None:
-    """The run's adapter and the base model's folder; None if all weights are trained.
+def choose_shape(config: TrainConfig, family: Family) -> Adapter | None:
+    """The adapter that the run trains; None if it trains all weights.
 
     Raises:
-        ConfigError: the options do not fit the adapter in `model.checkpoint`, or its base model is missing.
+        ConfigError: the options do not fit the adapter in `model.checkpoint`, or the whole model there.
     """
     folder, wanted = Path(config.model.checkpoint), choose_adapter(family, config.lora)
     if not is_adapter_folder(folder):
@@ -36,23 +36,34 @@ def choose_record(config: TrainConfig, family: Family) -> AdapterRecord | None:
             config.lora.base is None,
             f"lora.base = {config.lora.base}, but model.checkpoint = {folder} is a whole model, not an adapter; remove it.",
         )
-        if wanted is None:
-            require(
-                config.lora.quantize in (None, "none"),
-                f"lora.quantize = {config.lora.quantize}, but all weights are trained, and only frozen weights can have 4 bits; "
-                "set lora.rank.",
-            )
-            return None
-        return AdapterRecord(adapter=wanted, base=os.path.abspath(folder), base_digest=weights_digest(folder))
-    saved = read_adapter(folder)
+        require(
+            wanted is not None or config.lora.quantize in (None, "none"),
+            f"lora.quantize = {config.lora.quantize}, but all weights are trained, and only frozen weights can have 4 bits; "
+            "set lora.rank.",
+        )
+        return wanted
+    saved = read_adapter(folder).adapter
     # Not part of the adapter itself: an adapter trained on full-precision weights may continue on 4-bit weights.
-    adapter = dataclasses.replace(saved.adapter, quantize=config.lora.quantize or saved.adapter.quantize)
-    saved = dataclasses.replace(saved, adapter=adapter)
+    adapter = dataclasses.replace(saved, quantize=config.lora.quantize or saved.quantize)
     if wanted is not None:
         wanted = dataclasses.replace(wanted, quantize=adapter.quantize)
-        check_shape(wanted, saved.adapter, f"model.checkpoint = {folder}", "remove lora.* to continue with it")
-    base = find_base(folder, saved, config.lora.base, "lora.base")
-    return dataclasses.replace(saved, base=os.path.abspath(base))
+        check_shape(wanted, adapter, f"model.checkpoint = {folder}", "remove lora.* to continue with it")
+    return adapter
+
+
+def find_record(config: TrainConfig, adapter: Adapter) -> AdapterRecord:
+    """The run's adapter with the folder and the identity of its base model.
+
+    Args:
+        adapter: from `choose_shape`
+    Raises:
+        ConfigError: the base model is missing, or another one.
+    """
+    folder = Path(config.model.checkpoint)
+    if not is_adapter_folder(folder):
+        return AdapterRecord(adapter=adapter, base=os.path.abspath(folder), base_digest=weights_digest(folder))
+    saved = dataclasses.replace(read_adapter(folder), adapter=adapter)
+    return dataclasses.replace(saved, base=os.path.abspath(find_base(folder, saved, config.lora.base, "lora.base")))
 
 
 def check_output_layer(config: TrainConfig, family: Family, adapter: Adapter) -> None:

@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 
 from mpo_megatron import device
-from mpo_megatron.config import ConfigError, TrainConfig, require
+from mpo_megatron.config import ConfigError, TrainConfig, require, validate_experts
 from mpo_megatron.config.experts import require_no_router_losses
 from mpo_megatron.config.model import ADAPTER_OFF
+from mpo_megatron.config.parallel import check_ranks
 from mpo_megatron.data.store import PreparedGroups, load_groups
-from mpo_megatron.data.tokenizer import load_tokenizer
+from mpo_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from mpo_megatron.families import Family, load_family
-from mpo_megatron.families.adapters import adapter_rules
+from mpo_megatron.families.adapters import Adapter, adapter_rules
 from mpo_megatron.hf.adapter import AdapterRecord
 from mpo_megatron.hf.identity import weights_digest
 from mpo_megatron.hf.live_engine import validate_engine_layout
@@ -27,12 +28,12 @@ from mpo_megatron.model.precision import validate_fp8
 from mpo_megatron.model.recompute import check_offload_kernel
 from mpo_megatron.stack.checks import require_working_gpus
 from mpo_megatron.stack.packages import missing_for_live_vllm
-from mpo_megatron.train.adapting import check_output_layer, choose_record
+from mpo_megatron.train.adapting import check_output_layer, choose_shape, find_record
 from mpo_megatron.train.checkpoints import checkpoint
 from mpo_megatron.train.checkpoints.course import count_steps
 from mpo_megatron.train.checkpoints.step_folders import complete_steps, require_space
 from mpo_megatron.train.metrics import REFERENCE_METRICS
-from mpo_megatron.train.objective import Objective, check_data, needs_reference
+from mpo_megatron.train.objective import Objective, build_objective, check_data, needs_reference
 from mpo_megatron.train.optimizer import check_offload, choose_overlap
 from mpo_megatron.train.setup import Setup
 from mpo_megatron.train.tracking import check_installed
@@ -44,30 +45,13 @@ def open_inputs(config: TrainConfig, num_ranks: int, family: Family, padded_voca
     Raises:
         ConfigError: names the field, the rule and the fix.
     """
-    require_working_gpus(config.model.backend)
     folder = Path(config.model.checkpoint)
     checkpoint.verify(folder)
-    resolved = resolve(config, num_ranks, family)
-    validate_recompute(config.model, config.parallel, family, from_engine=resolved.model.from_engine)
-    check_offload_kernel(config.model)
-    validate_fp8(config.model, config.parallel, family)
-    check_offload(config.optimizer, config.model.precision, family)
-    check_installed(config.logging)
-    check_reference_uses(config, family, objective)
-    check_engine(config, family)
-    record = choose_record(config, family)
+    adapter = choose_shape(config, family)
+    resolved = check_options(config, num_ranks, family, objective, adapter)
+    record = None if adapter is None else find_record(config, adapter)
     if record is not None:
         checkpoint.verify(Path(record.base))
-        check_output_layer(config, family, record.adapter)
-        if record.adapter.quantize != "none":
-            validate_quantization(family, resolved.model, config.parallel, samples=config.online.kl_weight > 0)
-    require(
-        config.model.reference != ADAPTER_OFF or record is not None,
-        "model.reference = adapter_off, but all weights are trained, so there is no adapter to switch off; set lora.rank, or "
-        "name a checkpoint.",
-    )
-    if record is not None:
-        require_no_router_losses(config.experts)
     base = None if record is None else Path(record.base)
     reference = base if base and config.model.reference == ADAPTER_OFF else Path(config.model.reference or folder)
     if reference not in (folder, base):
@@ -89,6 +73,53 @@ def open_inputs(config: TrainConfig, num_ranks: int, family: Family, padded_voca
         total_steps=total_steps,
         record=record,
     )
+
+
+def check_training(config: TrainConfig, num_ranks: int, family: Family) -> Objective:
+    """Check what `build_setup` refuses whatever the groups are, before the stages that make them; return the loss.
+
+    Args:
+        config: its model may be a Hugging Face folder
+    Raises:
+        ConfigError: names the field, the rule and the fix.
+    """
+    check_ranks(config.parallel, num_ranks)
+    validate_experts(config.experts, num_experts=family.num_experts, loss_step=config.loss.step)
+    objective = build_objective(config.loss)
+    check_options(config, num_ranks, family, objective, choose_shape(config, family))
+    return objective
+
+
+def check_options(
+    config: TrainConfig, num_ranks: int, family: Family, objective: Objective, adapter: Adapter | None
+) -> TrainConfig:
+    """Check everything that needs neither weights nor groups; return the configuration with its choices resolved.
+
+    Args:
+        adapter: the trained adapter; None if all weights are trained
+    Raises:
+        ConfigError: names the field, the rule and the fix.
+    """
+    require_working_gpus(config.model.backend)
+    resolved = resolve(config, num_ranks, family)
+    validate_recompute(config.model, config.parallel, family, from_engine=resolved.model.from_engine)
+    check_offload_kernel(config.model)
+    validate_fp8(config.model, config.parallel, family)
+    check_offload(config.optimizer, config.model.precision, family)
+    check_installed(config.logging)
+    check_reference_uses(config, family, objective)
+    check_engine(config, family)
+    require(
+        config.model.reference != ADAPTER_OFF or adapter is not None,
+        "model.reference = adapter_off, but all weights are trained, so there is no adapter to switch off; set lora.rank, or "
+        "name a checkpoint.",
+    )
+    if adapter is not None:
+        check_output_layer(config, family, adapter)
+        if adapter.quantize != "none":
+            validate_quantization(family, resolved.model, config.parallel, samples=config.online.kl_weight > 0)
+        require_no_router_losses(config.experts)
+    return resolved
 
 
 def check_reference_uses(config: TrainConfig, family: Family, objective: Objective) -> None:
@@ -137,29 +168,33 @@ def open_groups(config: TrainConfig, family: Family, objective: Objective) -> tu
         ConfigError: names the field, the rule and the fix.
         DataError: a folder is missing or damaged.
     """
-    folder = Path(config.model.checkpoint)
-    digest = load_tokenizer(folder).digest()
+    tokenizer = load_tokenizer(config.model.checkpoint)
+    train = open_some("data.train", config.data.train, config, tokenizer, family, objective)
+    if config.data.eval is None:
+        return train, None
+    return train, open_some("data.eval", config.data.eval, config, tokenizer, family, objective)
 
-    def open_one(name: str, path: str) -> PreparedGroups:
-        data = load_groups(path)
-        again = f"mpo prepare --tokenizer {shlex.quote(str(folder))} …"
-        require(
-            data.info.tokenizer_digest == digest,
-            f"{name} = {path} was prepared with another tokenizer than that of model.checkpoint = {folder}; "
-            f"prepare it again: {again}",
-        )
-        require(
-            data.info.vocab_size <= family.vocab_size,
-            f"{name} = {path} has token ids up to {data.info.vocab_size - 1}, but the model has {family.vocab_size} embeddings; "
-            f"prepare it again with the model's tokenizer: {again}",
-        )
-        check_lengths(data, config.data.row_tokens, name)
-        check_positions(data, family, name)
-        check_data(objective, has_rewards=data.info.reward_kind != "labels", has_labels=data.info.has_labels, where=path)
-        return data
 
-    train = open_one("data.train", config.data.train)
-    return train, None if config.data.eval is None else open_one("data.eval", config.data.eval)
+def open_some(
+    name: str, path: str, config: TrainConfig, tokenizer: Tokenizer, family: Family, objective: Objective
+) -> PreparedGroups:
+    """The groups that the option `name` gives, checked as in `open_groups`."""
+    data, folder = load_groups(path), config.model.checkpoint
+    again = f"mpo prepare --tokenizer {shlex.quote(folder)} …"
+    require(
+        data.info.tokenizer_digest == tokenizer.digest(),
+        f"{name} = {path} was prepared with another tokenizer than that of model.checkpoint = {folder}; "
+        f"prepare it again: {again}",
+    )
+    require(
+        data.info.vocab_size <= family.vocab_size,
+        f"{name} = {path} has token ids up to {data.info.vocab_size - 1}, but the model has {family.vocab_size} embeddings; "
+        f"prepare it again with the model's tokenizer: {again}",
+    )
+    check_lengths(data, config.data.row_tokens, name)
+    check_positions(data, family, name)
+    check_data(objective, has_rewards=data.info.reward_kind != "labels", has_labels=data.info.has_labels, where=path)
+    return data
 
 
 def resolve(config: TrainConfig, num_ranks: int, family: Family) -> TrainConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import io
 import json
 import random
@@ -421,6 +422,10 @@ def test_a_number_of_held_out_groups_that_is_given_stays(inputs: Path, tmp_path:
         ({"train": {"model": {"checkpoint": "x"}}}, "train.model.checkpoint is set by mpo align itself"),
         ({"train": {"optimizer": {"lr": -1}}}, "train.optimizer.lr = -1"),
         ({"train": {"optimizers": {}}}, "optimizers: there is no such option"),
+        ({"generate": {"engine": "vllm"}}, r"generate\.engine = vllm needs the package vllm, which is not installed"),
+        ({"train": {"logging": {"wandb_project": "p"}}}, r"logging\.wandb_project is set, but wandb is not installed"),
+        ({"train": {"model": {"fp8": "current"}}}, r"model\.fp8 = current"),
+        ({"train": {"loss": {"name": "mpoo"}}}, r"loss\.name = 'mpoo'; .*did you mean mpo"),
         (
             {"data": [], "prompts": "p", "score": {"scorers": {}}, "iterate": {"seed": 1}},
             "iterate.seed is set by mpo align itself",
@@ -428,8 +433,11 @@ def test_a_number_of_held_out_groups_that_is_given_stays(inputs: Path, tmp_path:
     ],
 )
 def test_what_cannot_work_is_named_before_anything_runs(
-    inputs: Path, tmp_path: Path, changes: dict[str, Any], message: str
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
 ) -> None:
+    find = importlib.util.find_spec
+    absent = ("vllm", "wandb")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in absent else find(name, *rest))
     with pytest.raises(ConfigError, match=message):
         align(settings(inputs, tmp_path / "out", **changes), QUIET)
     assert not (tmp_path / "out").exists()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,10 +35,6 @@ class Classifier:
         self.settings = read_model_settings(self.folder)
         check_head(name, self.settings, config)
         spread = config.device == BALANCED
-        require(
-            not spread or importlib.util.find_spec("accelerate") is not None,
-            f"scorers.{name}.device = {BALANCED} needs the package accelerate: pip install accelerate, or name one device.",
-        )
         device = None if spread else choose_device(config.device)
         with loading(f"scorers.{name}.model = {self.folder}; transformers"):
             model, report = AutoModelForSequenceClassification.from_pretrained(

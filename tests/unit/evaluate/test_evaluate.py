@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mpo_megatron.cli import main
+from mpo_megatron.config import ConfigError, EvaluateConfig, HeldOutConfig, ModelConfig
+from mpo_megatron.evaluate.evaluate import evaluate
 from mpo_megatron.evaluate.samples import is_model
 from tests.json_lines import write_lines
 from tests.tiny import save_model
@@ -176,3 +180,27 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str], options: l
     assert main(["evaluate", "--output", str(tmp_path / "out"), *given]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out" / "evaluation.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"score": {"scorers": {"x": {"kind": "match"}}}}, "prompts = None"),
+        ({"prompts": "p"}, "configure scorers"),
+        ({"generate": {"engine": "vllm"}}, "generate.engine = vllm needs the package vllm, which is not installed"),
+        (
+            {"prompts": "p", "score": {"scorers": {"x": {"kind": "function", "function": "none.py:f"}}}},
+            "score.scorers.x.function = none.py:f; there is no file none.py",
+        ),
+    ],
+)
+def test_stages_that_cannot_work_are_named_before_held_out_groups_are_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], message: str
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "vllm" else find(name, *rest))
+    held_out = HeldOutConfig(groups="g", model=ModelConfig(checkpoint="m"))
+    config = EvaluateConfig(output=str(tmp_path / "out"), candidate=str(tmp_path), held_out=held_out, **options)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        evaluate(config)
+    assert not (tmp_path / "out").exists()

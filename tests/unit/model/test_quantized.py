@@ -27,7 +27,7 @@ from mpo_megatron.model.convert import convert
 from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.model.policy import build_policy
 from mpo_megatron.plan.parameters import Part, part_weights
-from mpo_megatron.train.adapting import choose_record
+from mpo_megatron.train.adapting import choose_shape, find_record
 from mpo_megatron.train.checkpoints import checkpoint
 from tests.unit.model.adapted import build_adapted, save_base, save_peft
 
@@ -206,22 +206,24 @@ def test_an_adapter_goes_on_beside_either_format(base: Path, tmp_path: Path) -> 
         return TrainConfig(output=str(tmp_path), model=model, data=DataConfig(train=""), lora=LoraConfig(**lora))
 
     family = load_family(base / "megatron" / "hf")
-    found = choose_record(train(rank=2, quantize="nf4"), family)
-    assert found is not None
-    assert found.adapter.quantize == "nf4"
-    plain = choose_record(train(rank=2), family)
+    shape = choose_shape(train(rank=2, quantize="nf4"), family)
+    assert shape is not None
+    assert shape.quantize == "nf4"
+    found = find_record(train(rank=2), shape)
+    plain = choose_shape(train(rank=2), family)
     assert plain is not None
-    assert plain.adapter.quantize == "none"
+    assert plain.quantize == "none"
     with pytest.raises(ConfigError, match=r"lora\.quantize = nf4, but all weights are trained"):
-        choose_record(train(quantize="nf4"), family)
+        choose_shape(train(quantize="nf4"), family)
     folder = tmp_path / "adapter"
     folder.mkdir()
     (folder / ADAPTER_FILE).write_bytes(found.to_bytes())
     for option, expected in ((None, "nf4"), ("none", "none")):
         config = train(quantize=option)
-        again = choose_record(dataclasses.replace(config, model=ModelConfig(checkpoint=str(folder))), family)
+        config = dataclasses.replace(config, model=ModelConfig(checkpoint=str(folder)))
+        again = choose_shape(config, family)
         assert again is not None
-        assert again.adapter.quantize == expected
+        assert find_record(config, again).adapter.quantize == expected
 
 
 def test_what_cannot_be_quantized_is_refused(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from mpo_megatron.config import ConfigError
 from mpo_megatron.config.score import build_scorer_config
 from mpo_megatron.files import DataError
+from mpo_megatron.files.functions import check_source
 from mpo_megatron.rollout.scorers import Scores, build_scorer
 from mpo_megatron.rollout.scorers.function import Function
 from mpo_megatron.rollout.scorers.function_worker import describe
@@ -224,3 +226,19 @@ def test_batches_return_one_number_a_response(tmp_path: Path) -> None:
 def test_what_cannot_be_imported_is_named(function: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build(function)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("def reward(response):\n    return 1\n", None),
+        ("from rewards import *\n", None),
+        ("raise RuntimeError('this file runs only when it scores')\nreward = 1\n", None),
+        ("def reward(response:\n", "not valid Python"),
+        ("def prize(response):\n    return 1\n", "has no function reward; check its spelling"),
+    ],
+)
+def test_a_file_is_checked_without_running_it(tmp_path: Path, source: str, message: str | None) -> None:
+    (tmp_path / "f.py").write_text(source)
+    with contextlib.nullcontext() if message is None else pytest.raises(ConfigError, match=message):
+        check_source("scorers.x.function", f"{tmp_path / 'f.py'}:reward")

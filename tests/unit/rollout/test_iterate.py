@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import sys
@@ -214,6 +215,49 @@ def test_prompts_are_drawn_for_and_trained_on_alike(options: dict[str, Any]) -> 
 
 
 @pytest.mark.parametrize(
+    ("changes", "package", "message"),
+    [
+        ({"generate": {"engine": "vllm"}}, "vllm", r"round 1: generate\.engine = vllm needs the package vllm, which is not inst"),
+        ({"generate": SERVER | {"load_weights": True}}, "openai", r"round 1: generate\.engine = openai needs the package openai"),
+        (
+            {"score": {"scorers": {"x": {"kind": "judge", "template": "t", "endpoint": SERVER["endpoint"]}}}},
+            "openai",
+            r"round 1: score\.scorers\.x, which asks a server, needs the package openai",
+        ),
+        (
+            {"score": {"scorers": {"x": {"kind": "reward_model", "model": "reward", "device": "balanced"}}}},
+            "accelerate",
+            r"round 1: score\.scorers\.x\.device = balanced needs the package accelerate",
+        ),
+        ({"train": {"logging": {"wandb_project": "p"}}}, "wandb", r"round 1: logging\.wandb_project is set, but wandb is not"),
+        (
+            {"train": {"lora": {"rank": 2, "quantize": "nf4"}}},
+            "bitsandbytes",
+            r"round 1: lora\.quantize = nf4 needs the package bitsandbytes",
+        ),
+    ],
+)
+def test_missing_packages_are_named_first(
+    options: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    package: str,
+    message: str,
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == package else find(name, *rest))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t").write_text("{{ response }}")
+    (tmp_path / "reward").mkdir()
+    settings = {"architectures": ["LlamaForSequenceClassification"], "num_labels": 1}
+    (tmp_path / "reward" / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match=message):
+        build_plan(IterateConfig(**{**options, **changes}))
+    assert not Path(options["output"]).exists()
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"generate": {"model": "x"}}, r"generate\.model is set by mpo iterate itself"),
@@ -247,6 +291,26 @@ def test_prompts_are_drawn_for_and_trained_on_alike(options: dict[str, Any]) -> 
         ({"per_round": {"train.seed.x": [1, 2]}}, r"per_round\.train\.seed\.x: seed has no options of its own"),
         ({"model": "nowhere"}, r"model = nowhere; no such folder; .* write one with `mpo convert`"),
         ({"prompts": "nowhere.jsonl"}, r"prompts = nowhere\.jsonl; cannot be read"),
+        (
+            {"train": {"lora": {"rank": 2, "target_modules": "lm_head"}, "parallel": {"pipeline": 2}}},
+            r"round 1: lora\.target_modules = lm_head with parallel\.pipeline = 2: only the last stage would train",
+        ),
+        ({"train": {"lora": {"quantize": "nf4"}}}, r"round 1: lora\.quantize = nf4, but all weights are trained"),
+        ({"train": {"lora": {"rank": 2, "base": "b"}}}, r"round 1: lora\.base = b, but model\.checkpoint = .* is a whole model"),
+        ({"train": {"model": {"fp8": "current"}}}, r"round 1: model\.fp8 = current"),
+        ({"train": {"experts": {"balance_coeff": 0.1}}}, r"round 1: experts\.balance_coeff = 0\.1, but .* has no experts"),
+        ({"train": {"online": {"kl_weight": 0.1, "engine": "vllm"}}}, r"round 1: online\.engine = vllm, but"),
+        ({"train": {"model": {"resident_offload": True}}}, r"round 1: model\.resident_offload = true, but no reference"),
+        ({"train": {"checkpoint": {"keep_best": 1}}}, r"round 1: checkpoint\.keep_best = 1 needs held-out groups"),
+        ({"train": {"data": {"eval": "nowhere"}}}, r"round 1: data\.eval = nowhere; no prepared groups there"),
+        (
+            {"generate": {"chat_template": "none"}, "prepare": {"chat_template": "none"}},
+            r"round 1: chat_template = none; no such file",
+        ),
+        (
+            {"score": {"scorers": {"x": {"kind": "function", "function": "none.py:f"}}}},
+            r"round 1: score\.scorers\.x\.function = none\.py:f; there is no file none\.py",
+        ),
         ({"held_out": 99, "generate": {"num_response": 4}}, r"generate: .*num_response"),  # before prompts are counted
         ({"held_out": 99, "train": {"loss": {"name": "mpoo"}}}, r"round 1: loss.*mpoo"),
     ],

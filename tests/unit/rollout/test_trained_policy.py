@@ -18,12 +18,18 @@ from mpo_megatron.config import AlignConfig, ConfigError, GenerateConfig, Iterat
 from mpo_megatron.families import load_family, read_family
 from mpo_megatron.families.adapters import VLLM_RANKS, Adapter, vllm_refuses
 from mpo_megatron.hf.adapter import AdapterRecord
+from mpo_megatron.rollout import validation
 from mpo_megatron.rollout.rounds import build_plan
 from mpo_megatron.rollout.trained_policy import check_trained_policy
 from tests.tiny import save_model
 
 QUIET = Console(quiet=True)
 VLLM, EMBEDDED = {"engine": "vllm"}, {"engine": "transformers"}
+
+
+@pytest.fixture(autouse=True)
+def _vllm_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(validation, "require_package", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
