@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from mpo_megatron.config import LoraConfig, require
 from mpo_megatron.families.family import Family
@@ -29,12 +29,22 @@ GROUPS = ("attention", "mlp", "all-linear")
 PEFT_EXPERTS = ("qwen3_moe", "mixtral")
 """Model types for which PEFT 0.21 loads the adapters of single experts beside the stacked weights of transformers 5."""
 
+PEFT_KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+"""Values of init_lora_weights with which PEFT leaves the base weights as they are. Others, such as `pissa` and `olora`, subtract
+B · A from them at the start: without that, the adapter computes something else."""
+
 OUTPUT_LAYER = OUTPUT.removesuffix(".weight")
 """Name of the output layer, which no group includes. Even if it is tied to the embedding, the adapter is its own, as in PEFT: the
 embedding keeps its weights."""
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values of `max_lora_rank` in vLLM 0.33, which also takes 1: the ranks for which it reserves memory."""
+VLLM_REFUSED_FIELDS = (
+    *("use_dora", "use_qalora", "use_bdlora", "lora_bias", "modules_to_save", "trainable_token_indices"),
+    *("alora_invocation_tokens", "layer_replication", "rank_pattern", "alpha_pattern"),
+)
+"""Fields of PEFT's adapter_config.json with which vLLM refuses an adapter, or computes another one: 0.26 checks `use_dora` and
+`modules_to_save` only, and ignores the patterns, which 0.33 reads."""
 VLLM_STACKED_EXPERTS = ("qwen3_5_moe",)
 """Model types of config.json whose classes in vLLM 0.33 take adapters of stacked experts (`is_3d_moe_weight`), not of each
 expert."""
@@ -212,6 +222,17 @@ class VllmRefusal(NamedTuple):
     """The option of `lora` at fault."""
     reason: str
     """What vLLM cannot load: `an adapter of …`."""
+
+
+def vllm_refuses_peft(settings: Mapping[str, Any]) -> str | None:
+    """The field of adapter_config.json that vLLM cannot load, with its value; None if it can load all of them."""
+    for name in VLLM_REFUSED_FIELDS:
+        if settings.get(name):
+            return f"{name} = {settings[name]}"
+    if settings.get("bias", "none") != "none":
+        return f"bias = {settings['bias']}"
+    start = settings.get("init_lora_weights")
+    return None if start in PEFT_KEEPS_BASE else f"init_lora_weights = {start}"
 
 
 def vllm_refuses(family: Family, rank: int, targets: Collection[str]) -> VllmRefusal | None:

@@ -8,9 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mpo_megatron.config import require
-from mpo_megatron.families.adapters import Adapter
+from mpo_megatron.families.adapters import Adapter, vllm_refuses_peft
 from mpo_megatron.files.objects import build_record
-from mpo_megatron.hf.identity import ADAPTER_FILE, COPY, is_adapter_folder, read_adapter_file, weights_digest
+from mpo_megatron.hf.identity import (
+    ADAPTER_FILE,
+    COPY,
+    PEFT_CONFIG,
+    adapter_settings,
+    is_adapter_folder,
+    read_adapter_file,
+    weights_digest,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,3 +71,17 @@ def find_base(folder: Path, record: AdapterRecord, other: str | None, option: st
         f"weights (digest {found[:12]}); set {option} to the folder of the right weights.",
     )
     return base
+
+
+def require_loads_in_vllm(folder: Path) -> None:
+    """Refuse a PEFT folder of an adapter that is not plain LoRA, from adapter_config.json.
+
+    Raises:
+        ConfigError: names the field that vLLM cannot load; or the file is damaged.
+    """
+    refused = vllm_refuses_peft(adapter_settings(folder))
+    require(
+        refused is None,
+        f"{folder / PEFT_CONFIG}: {refused}, which vLLM cannot load; merge the adapter in peft (merge_and_unload), and name the "
+        "merged model.",
+    )

@@ -73,10 +73,23 @@ def adapter_targets(folder: Path) -> frozenset[str]:
     return _read_peft_field(folder, "target_modules", lambda value: frozenset([value] if isinstance(value, str) else value))
 
 
-def _read_peft_field[Field](folder: Path, name: str, read: Callable[[Any], Field]) -> Field:
+def adapter_settings(folder: Path) -> dict[str, Any]:
+    """adapter_config.json of a PEFT folder.
+
+    Raises:
+        ConfigError: it is missing or damaged.
+    """
     path = folder / PEFT_CONFIG
     digests.check_file(path)
     try:
-        return read(read_object(path, COPY)[name])
-    except (OSError, OverflowError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path}: field {name} is missing or damaged ({error!r}); {COPY}.") from error
+        return read_object(path, COPY)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); {COPY}.") from error
+
+
+def _read_peft_field[Field](folder: Path, name: str, read: Callable[[Any], Field]) -> Field:
+    settings = adapter_settings(folder)
+    try:
+        return read(settings[name])
+    except (OverflowError, KeyError, TypeError) as error:
+        raise ConfigError(f"{folder / PEFT_CONFIG}: field {name} is missing or damaged ({error!r}); {COPY}.") from error

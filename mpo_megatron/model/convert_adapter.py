@@ -21,6 +21,7 @@ from mpo_megatron.families import Family, load_family
 from mpo_megatron.families.adapters import (
     ADAPTER,
     OUTPUT_LAYER,
+    PEFT_KEEPS_BASE,
     PEFT_PREFIX,
     Adapter,
     adaptable_modules,
@@ -51,9 +52,6 @@ ORIGINAL = "peft"
 
 READ = frozenset({"peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "init_lora_weights"})
 """Fields of adapter_config.json that determine the adapter's computation, and that are supported."""
-KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
-"""Values of init_lora_weights with which PEFT leaves the base weights as they are. Others, such as `pissa` and `olora`, subtract
-B · A from them at the start: without that, the adapter computes something else."""
 HARMLESS = frozenset(
     {
         *("task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version"),
@@ -149,7 +147,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
     require(rank >= 1 and alpha > 0, f"{path}: r = {rank}, lora_alpha = {alpha}; both must be positive.")
     start = settings.get("init_lora_weights")
     require(
-        start in KEEPS_BASE,
+        start in PEFT_KEEPS_BASE,
         f"{path}: init_lora_weights = {start}, with which PEFT changes the base weights, too; save the adapter with peft's "
         "path_initial_model_for_weight_conversion, which makes it an adapter of the original weights.",
     )

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 from mpo_megatron.config import ConfigError, EndpointConfig, require
 from mpo_megatron.files import DataError
+from mpo_megatron.hf.adapter import require_loads_in_vllm
 from mpo_megatron.hf.identity import PEFT_CONFIG, PEFT_WEIGHTS, adapter_rank
 from mpo_megatron.rollout.client import Client
 from mpo_megatron.rollout.engines.servers import REFUSALS, ServerKind, list_models
@@ -47,6 +48,8 @@ class ServedAdapter:
             f"load_adapter = true, but {config.base_url} is of kind {kind}; only {' and '.join(LOADERS)} load adapters; "
             "set endpoint.server if it is one of them, or merge the adapter (mpo convert --merge true) and serve the result.",
         )
+        if kind == "vllm":
+            require_loads_in_vllm(folder)
         self.config, self.kind, self.folder = config, kind, folder.absolute()
         self.start_command = LOADERS[kind].format(rank=adapter_rank(folder))
         self.name = adapter_name(folder)

@@ -16,6 +16,7 @@ from mpo_megatron.config import ConfigError, VllmConfig
 from mpo_megatron.data.tokenizer import Tokenizer
 from mpo_megatron.families import Family, load_family
 from mpo_megatron.families.adapters import VLLM_RANKS, vllm_refuses
+from mpo_megatron.hf.adapter import require_loads_in_vllm
 from mpo_megatron.hf.identity import adapter_rank, adapter_targets
 from mpo_megatron.rollout.client import UnusableAnswerError
 from mpo_megatron.rollout.engines import Generation, Miss, Prompt, Response, Sampling, read_finish_reason
@@ -33,6 +34,7 @@ class VllmEngine:
         Raises:
             ConfigError: vLLM is missing, or refuses the checkpoint or an option.
         """
+        lora = {} if adapter is None else _adapter_options(load_family(folder), adapter)
         try:
             from vllm import EngineArgs, LLMEngine
         except ImportError as error:
@@ -48,7 +50,7 @@ class VllmEngine:
             "gpu_memory_utilization": config.memory_fraction,
             "max_model_len": config.max_model_len,
             "enable_prefix_caching": True,
-            **({} if adapter is None else _adapter_options(load_family(folder), adapter)),
+            **lora,
         }
         try:
             self.engine: Any = LLMEngine.from_engine_args(EngineArgs(**options | config.options))
@@ -140,6 +142,7 @@ def _adapter_options(family: Family, adapter: Path) -> dict[str, Any]:
     Raises:
         ConfigError: vLLM cannot load the adapter, or it is damaged.
     """
+    require_loads_in_vllm(adapter)
     rank = adapter_rank(adapter)
     refusal = vllm_refuses(family, rank, adapter_targets(adapter))
     if refusal is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -9,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from mpo_megatron.config import ConfigError, VllmConfig
+from mpo_megatron.config import ConfigError, EndpointConfig, VllmConfig
 from mpo_megatron.data.tokenizer import load_tokenizer
 from mpo_megatron.rollout.engines import Prompt, Sampling
+from mpo_megatron.rollout.engines.served_adapter import ServedAdapter
 from mpo_megatron.rollout.engines.vllm_engine import VllmEngine
 
 
@@ -114,3 +116,29 @@ def test_an_adapter_goes_with_every_request(model_folder: Path, tmp_path: Path, 
     (tmp_path / "adapter_config.json").write_text('{"r": 12, "target_modules": ["in_proj_z", "q_proj"]}')
     with pytest.raises(ConfigError, match=r"in_proj_z without one of in_proj_qkv, which vLLM cannot load; .*--merge true"):
         VllmEngine(model_folder, load_tokenizer(model_folder), VllmConfig(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("use_dora", True),
+        ("modules_to_save", ["lm_head"]),
+        ("bias", "all"),
+        ("lora_bias", True),
+        ("rank_pattern", {"q_proj": 4}),
+        ("init_lora_weights", "pissa"),
+    ],
+)
+def test_an_adapter_that_is_not_plain_lora_is_named_before_the_engine_starts(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str, value: Any
+) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)  # not even imported
+    settings = {"r": 12, "target_modules": ["q_proj"], "bias": "none", "modules_to_save": None, field: value}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(
+        ConfigError, match=rf"adapter_config\.json: {field} = .*, which vLLM cannot load; merge .* in peft"
+    ):
+        VllmEngine(model_folder, load_tokenizer(model_folder), VllmConfig(), tmp_path)
+    endpoint = EndpointConfig(base_url="http://localhost:1/v1", model="m")
+    with pytest.raises(ConfigError, match=rf"{field} = .*, which vLLM cannot load"):
+        ServedAdapter(endpoint, "vllm", tmp_path)
