@@ -135,9 +135,7 @@ def test_an_adapter_that_is_not_plain_lora_is_named_before_the_engine_starts(
     monkeypatch.setitem(sys.modules, "vllm", None)  # not even imported
     settings = {"r": 12, "target_modules": ["q_proj"], "bias": "none", "modules_to_save": None, field: value}
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
-    with pytest.raises(
-        ConfigError, match=rf"adapter_config\.json: {field} = .*, which vLLM cannot load; merge .* in peft"
-    ):
+    with pytest.raises(ConfigError, match=rf"adapter_config\.json: {field} = .*, which vLLM cannot load; merge .* in peft"):
         VllmEngine(model_folder, load_tokenizer(model_folder), VllmConfig(), tmp_path)
     endpoint = EndpointConfig(base_url="http://localhost:1/v1", model="m")
     with pytest.raises(ConfigError, match=rf"{field} = .*, which vLLM cannot load"):
