@@ -38,6 +38,7 @@ from mpo_megatron.hf.identity import ADAPTER_FILE, PEFT_CONFIG, PEFT_WEIGHTS, we
 from mpo_megatron.model.convert_folder import copy_side_files, staged
 from mpo_megatron.model.convert_torch_dist import CheckpointReader, StoredChunk, write_checkpoint
 from mpo_megatron.model.odd_values import OddValues
+from mpo_megatron.model.resizing import warn_of_tokenizer
 from mpo_megatron.model.safetensors_io import DTYPE_NAMES, RowReader, StoredTensor, read_header, write_tensors
 from mpo_megatron.model.weight_map import Slice, build_adapter_map
 from mpo_megatron.terminal.visible import visible
@@ -248,6 +249,7 @@ def export_adapter(source: Path, output: Path, base_name: str | None = None) -> 
         text = f"WARNING: {refusal.reason}: vLLM cannot load it; merge the adapter (merge: true) to serve it there."
         print(visible(text), file=sys.stderr)
     _warn_of_odd(matrices, source)
+    warn_of_tokenizer(source / "hf", family)
     with staged(output, _num_bytes(matrices.values())) as folder:
         write_tensors(folder / PEFT_WEIGHTS, matrices)
         original = source / ORIGINAL / PEFT_CONFIG
@@ -307,6 +309,7 @@ def import_adapter(source: Path, output: Path, base: Path) -> None:
     check_output_copy(source, base)
     _check_dtypes(matrices, source)
     _warn_of_odd(matrices, source)
+    warn_of_tokenizer(base / "hf", family)
     record = AdapterRecord(adapter=adapter, base=str(base.absolute()), base_digest=weights_digest(base))
     homes = {}
     for item in build_adapter_map(family, adapter, load_conversion(base).padded_vocab_size):

@@ -27,6 +27,7 @@ from mpo_megatron.model.convert_folder import (
 from mpo_megatron.model.convert_torch_dist import CheckpointReader
 from mpo_megatron.model.odd_values import OddValues
 from mpo_megatron.model.other_weights import find_others, read_rows
+from mpo_megatron.model.resizing import warn_of_tokenizer
 from mpo_megatron.model.safetensors_io import DTYPE_NAMES, PlannedTensor, RowReader, WeightsDigest, plan_shards, write_shards
 from mpo_megatron.model.weight_map import Placement, Slice, build_weight_map
 
@@ -54,6 +55,7 @@ def export_to_hf(
     family = load_family(source / "hf")
     digests.require_list(source)
     digests.check_folder(source, weights=False)  # each weight has its own checksum, compared while reading
+    warn_of_tokenizer(source / "hf", family)
     slices = build_weight_map(family, conversion.padded_vocab_size)
     checkpoint = CheckpointReader(source / "megatron")
     _check_megatron_tensors(checkpoint, slices)

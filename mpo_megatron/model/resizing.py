@@ -38,12 +38,7 @@ def vocabulary_needed(source: Path, family: Family, *, resize: bool) -> int:
         ConfigError: the tokenizer has more tokens than the embedding has rows, and `resize` is off; or `resize` is on without a
             tokenizer.
     """
-    try:
-        tokens = count_tokens(source)
-    except ConfigError as error:
-        require(not resize, str(error))
-        print(f"warning: {visible(error)}", file=sys.stderr)  # a conversion copies the tokenizer unchanged
-        return family.vocab_size
+    tokens = count_tokens(source) if resize else count_or_warn(source)
     require(tokens is not None or not resize, f"resize_vocabulary = true, but {source} has no tokenizer to resize to.")
     if tokens is None or tokens <= family.vocab_size:
         return family.vocab_size
@@ -55,6 +50,27 @@ def vocabulary_needed(source: Path, family: Family, *, resize: bool) -> int:
         )
     print(f"{source}: {tokens - family.vocab_size:,} rows are added to the vocabulary of {family.vocab_size:,}", flush=True)
     return tokens
+
+
+def count_or_warn(folder: Path) -> int | None:
+    """Embedding rows needed for a folder's tokenizer; None without one, or after a warning that it cannot be loaded: conversions
+    copy it unchanged."""
+    try:
+        return count_tokens(folder)
+    except ConfigError as error:
+        print(f"warning: {visible(error)}", file=sys.stderr)
+        return None
+
+
+def warn_of_tokenizer(folder: Path, family: Family) -> None:
+    """Print a warning if a folder's tokenizer cannot be loaded, or has tokens without an embedding row."""
+    tokens = count_or_warn(folder)
+    if tokens is not None and tokens > family.vocab_size:
+        text = (
+            f"warning: {folder}: its tokenizer has {tokens:,} tokens, its embedding only {family.vocab_size:,} rows; take the "
+            "tokenizer that the model was trained with."
+        )
+        print(visible(text), file=sys.stderr)
 
 
 def resize_family(family: Family, vocab_size: int) -> Family:

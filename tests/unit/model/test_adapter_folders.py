@@ -243,3 +243,18 @@ def test_an_adapter_of_another_base_is_refused(base: Path, peft: tuple[Path, Ten
         convert(ConvertConfig(input=str(peft[0]), output=str(tmp_path / "out")))
     with pytest.raises(ConfigError, match="is a whole model, not an adapter"):
         convert(ConvertConfig(input=str(base / "megatron"), output=str(tmp_path / "out"), merge=True))
+
+
+def test_a_broken_tokenizer_of_the_base_is_named(
+    base: Path, peft: tuple[Path, Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is copied beside the adapter, in both directions."""
+    shutil.copytree(base / "megatron", tmp_path / "megatron")
+    (tmp_path / "megatron" / "hf" / "tokenizer.json").write_text("{}")
+    (tmp_path / "megatron" / digests.LIST).unlink()
+    digests.write_list(tmp_path / "megatron")
+    convert(ConvertConfig(input=str(peft[0]), output=str(tmp_path / "in"), base=str(tmp_path / "megatron")))
+    convert(ConvertConfig(input=str(tmp_path / "in"), output=str(tmp_path / "out")))
+    error = capsys.readouterr().err
+    for folder in ("megatron", "in"):
+        assert f"warning: tokenizer = {tmp_path / folder / 'hf'}; tokenizer.json does not hold a tokenizer" in error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import huggingface_hub
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mpo_megatron.cli import main
 from mpo_megatron.config import ConfigError, ConvertConfig
+from mpo_megatron.files import digests
 from mpo_megatron.hf.conversion import load_conversion
 from mpo_megatron.model.convert import convert
 from tests.hub import COMMIT, Hub, running_hub
@@ -148,3 +150,20 @@ def test_a_tokenizer_that_cannot_be_read_is_moved_as_it_is(tmp_path: Path, capsy
     warning = f"warning: tokenizer = {folder}; tokenizer.json does not hold a tokenizer (Model missing"
     assert warning in capsys.readouterr().err
     assert (tmp_path / "out" / "hf" / "tokenizer.json").read_text() == "{}"
+    convert(ConvertConfig(input=str(tmp_path / "out"), output=str(tmp_path / "back")))
+    assert f"warning: tokenizer = {tmp_path / 'out' / 'hf'}; tokenizer.json does not hold a tok" in capsys.readouterr().err
+    assert (tmp_path / "back" / "tokenizer.json").read_text() == "{}"
+
+
+def test_a_tokenizer_that_is_too_large_is_named_by_an_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokens = save_tokenizer(tmp_path / "tokenizer")
+    folder = save_model(tmp_path / "hf", num_hidden_layers=1, hidden_size=32, vocab_size=tokens - 3)
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    convert(ConvertConfig(input=str(folder), output=str(tmp_path / "out")))
+    shutil.copytree(tmp_path / "tokenizer", tmp_path / "out" / "hf", dirs_exist_ok=True)
+    (tmp_path / "out" / digests.LIST).unlink()
+    digests.write_list(tmp_path / "out")
+    capsys.readouterr()
+    convert(ConvertConfig(input=str(tmp_path / "out"), output=str(tmp_path / "back")))
+    assert f"its tokenizer has {tokens} tokens, its embedding only {tokens - 3} rows; take" in capsys.readouterr().err
