@@ -238,8 +238,13 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 OUTLIVES_READERS = ("align", "convert", "prepare", "generate", "score", "select", "reference", "train", "iterate", "evaluate")
 """Commands that continue when their output has no reader, as after `mpo train | head`."""
 
-OUTSIDE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG)
-"""File errors caused by the machine that no check predicts: no permission, no space, or a longer path than it allows."""
+OUTSIDE = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "give this user the right to use it, or name another path"),
+    errno.EROFS: "name a path on a disk that can be written to",
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free space, and run the same command again"),
+    errno.ENAMETOOLONG: "shorten it: most file systems allow 255 bytes a name, and 4,095 a path",
+}
+"""File errors caused by the machine that no check predicts, and what to do."""
 
 
 SPINS = 3000
@@ -288,7 +293,8 @@ def _run(arguments: list[str]) -> int:
     except OSError as error:
         if error.errno not in OUTSIDE:
             raise
-        print(f"mpo {name}: {message(visible(error.filename or 'a file'))}: {error.strerror}.", file=sys.stderr)
+        what = message(visible(error.filename or "a file"))
+        print(f"mpo {name}: {what}: {error.strerror}; {OUTSIDE[error.errno]}.", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
         return say_interrupted(name, error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import tempfile
 from collections.abc import Iterator
@@ -42,11 +43,37 @@ def check_function(name: str, function: str) -> None:
     )
 
 
-def check_writable(folder: Path, name: str) -> None:
-    """Raise `ConfigError` if `folder` (or its nearest existing parent) cannot be written to."""
-    parent = folder.absolute()
-    while not parent.exists():
+NAME_ROOM, PATH_ROOM = 32, 512
+"""Bytes by which names of temporary files beside an output, and paths of files in it, are longer than its own."""
+
+
+def check_length(path: Path, name: str) -> Path:
+    """Raise `ConfigError` if a new output's name or path is longer than its file system allows; return the nearest existing
+    parent."""
+    whole = path.absolute()
+    parent = whole
+    while not os.path.exists(parent):  # Path.exists raises for a path that is too long
         parent = parent.parent
+    *others, last = (len(os.fsencode(part)) for part in whole.relative_to(parent).parts or ("",))
+    most = os.pathconf(parent, "PC_NAME_MAX")
+    longest = max([*others, last + NAME_ROOM if last else 0])
+    require(
+        longest <= most,
+        f"{name} = {str(path)[:60]}…: a name in it is too long: {longest} bytes with the endings of temporary files, but names "
+        f"in {parent} have at most {most}; choose a shorter one.",
+    )
+    size, most = len(os.fsencode(whole)) + PATH_ROOM, os.pathconf(parent, "PC_PATH_MAX")
+    require(
+        not last or size <= most,
+        f"{name} = {str(path)[:60]}…: the path is too long: {size} bytes with files in it, but paths have at most {most}; choose "
+        "a shorter one.",
+    )
+    return parent
+
+
+def check_writable(folder: Path, name: str) -> None:
+    """Raise `ConfigError` if `folder` (or its nearest existing parent) cannot be written to, or has too long a name."""
+    parent = check_length(folder, name)
     require(parent.is_dir(), f"{name} = {folder}; {parent} is a file, not a folder; choose another path.")
     try:
         tempfile.TemporaryFile(dir=parent).close()

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from mpo_megatron.config.checks import check_seed, check_writable, require
+from mpo_megatron.config.checks import check_length, check_seed, check_writable, require
 from mpo_megatron.config.model import ModelConfig
 from mpo_megatron.config.parallel import ParallelConfig
 from mpo_megatron.config.values import Section
@@ -95,6 +95,8 @@ def validate_evaluate(config: EvaluateConfig) -> None:
         ConfigError: names the field, the rule and the fix.
     """
     check_writable(Path(config.output), "output")
+    if config.benchmarks:
+        check_length(Path(config.output) / "model_answer" / f"{config.name.replace('/', '--')}.jsonl", "name")
     require(
         config.candidate is not None or config.baseline is None,
         f"baseline = {config.baseline}, but there is no candidate to compare with it; set candidate.",

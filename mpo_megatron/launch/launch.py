@@ -20,6 +20,7 @@ from mpo_megatron.config import (
     check_writable,
     require,
 )
+from mpo_megatron.config.checks import check_length
 from mpo_megatron.launch.manifests import kubernetes_manifest, skypilot_task
 from mpo_megatron.launch.scripts import slurm_array_script, slurm_script, torchrun_script
 
@@ -42,8 +43,11 @@ def launch(job: Job) -> int:
         ConfigError: the layout does not fit the machines, or the submitting program is missing.
     """
     if job.output is not None:
+        check_length(Path(job.output), "output")
         check_writable(Path(job.output).parent, "output")
         require(not Path(job.output).is_dir(), f"output = {job.output}; it is a folder; name a file for the job.")
+    if isinstance(job, SlurmJob | SlurmArray):
+        (check_length if job.dry_run else check_writable)(Path(job.logs), "logs")
     text, submit = render(job)
     if job.output is not None:
         Path(job.output).parent.mkdir(parents=True, exist_ok=True)
@@ -64,7 +68,7 @@ def launch(job: Job) -> int:
         Path(job.logs).mkdir(parents=True, exist_ok=True)
     if job.output is not None:
         return subprocess.run([*submit, job.output], check=False).returncode
-    with tempfile.NamedTemporaryFile("w", prefix=f"{job.name or 'mpo'}-", suffix=".job") as file:
+    with tempfile.NamedTemporaryFile("w", prefix="mpo-", suffix=".job") as file:
         file.write(text)
         file.flush()
         return subprocess.run([*submit, file.name], check=False).returncode

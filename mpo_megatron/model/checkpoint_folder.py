@@ -19,6 +19,8 @@ from mpo_megatron.hf.conversion import VOCAB_MULTIPLE
 from mpo_megatron.hf.fingerprint import folder_digest
 from mpo_megatron.model.convert_folder import side_files
 
+NAME_BYTES = 200
+"""Bytes of a Hugging Face folder's name in that of its conversion; most file systems allow 255 bytes a name."""
 CONVERTED = "converted"
 """Folder of a run that holds the Megatron form of the Hugging Face folders in its configuration."""
 
@@ -57,7 +59,8 @@ def megatron_checkpoint(path: str, run: Path, name: str) -> str:
         f"output = {run} is inside {name} = {folder}, a Hugging Face folder; choose a folder beside it.",
     )
     digest = folder_digest(folder, side_files(folder))
-    target = run / CONVERTED / f"{folder.resolve().name}-{digest[:12]}"
+    beginning = os.fsencode(folder.resolve().name)[:NAME_BYTES]  # with the digest, the name may be too long for the disk
+    target = run / CONVERTED / f"{beginning.decode(errors='ignore')}-{digest[:12]}"
     if not target.is_dir():
         from mpo_megatron.model.convert_import import import_from_hf  # imports Megatron: seconds
 

@@ -3,6 +3,7 @@ that takes seconds."""
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from mpo_megatron.config import (
     PrepareConfig,
     ScoreConfig,
     TrainConfig,
+    check_writable,
     from_dict,
     load_yaml,
     parse,
@@ -213,9 +215,13 @@ def test_losses(loss: dict[str, Any], message: str) -> None:
         (
             PermissionError(13, "Permission denied", "model/a.safetensors"),
             2,
-            "mpo convert: model/a.safetensors: Permission denied.\n",
+            "mpo convert: model/a.safetensors: Permission denied; give this user the right to use it, or name another path.\n",
         ),
-        (OSError(28, "No space left on device"), 2, "mpo convert: a file: No space left on device.\n"),
+        (
+            OSError(28, "No space left on device"),
+            2,
+            "mpo convert: a file: No space left on device; free space, and run the same command again.\n",
+        ),
     ],
 )
 def test_what_no_check_foresees(
@@ -227,6 +233,45 @@ def test_what_no_check_foresees(
     monkeypatch.setitem(COMMANDS, "convert", fail)
     assert main(["convert"]) == code
     assert capsys.readouterr().err == message
+
+
+LONG, DEEP = "a" * 300, "a/" * 2500 + "b"
+ARRAY, EVALUATE = ["launch", "slurm-array", "--generate", "g.yaml"], ["evaluate", "--candidate", ".", "--mt_bench", "q"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*ARRAY, "--output", LONG], "output = aaa.*…: a name in it is too long: 332 bytes with the endings"),
+        ([*ARRAY, "--output", f"{LONG}/job.sh"], "output = aaa.*…: a name in it is too long"),
+        (
+            [*ARRAY, "--output", DEEP],
+            "output = a/a/.*…: the path is too long: .* choose a shorter one",
+        ),
+        ([*ARRAY, "--logs", LONG], "logs = aaa.*…: a name in it is too long"),
+        ([*ARRAY[:-1], LONG], "aaa.*…: File name too long; shorten it: most file systems allow 255 bytes a name"),
+        (
+            ["prepare", "--input", "i", "--tokenizer", "t", "--output", "é" * 120],
+            "output = éé.*…: a name .* 272 bytes",
+        ),
+        ([*EVALUATE, "--output", "o", "--name", LONG], "name = o/model_answer/aaa.*…: a name in it is too long"),
+    ],
+)
+def test_long_names_are_told_by_their_option(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("g.yaml").write_text("prompts: p\nmodel: m\noutput: o\n")
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error)
+    assert error.count("\n") == 1
+    assert [path.name for path in Path().iterdir()] == ["g.yaml"]
+
+
+def test_names_of_almost_any_length_are_allowed() -> None:
+    check_writable(Path("a" * 223), "output")
+    with pytest.raises(ConfigError, match="too long"):
+        check_writable(Path("a" * 224), "output")
+    Path("a" * 250).mkdir()
+    check_writable(Path("a" * 250), "output")  # it was started by an earlier version
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it is about machines without a GPU")

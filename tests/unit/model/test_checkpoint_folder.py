@@ -44,6 +44,12 @@ def test_a_folder_is_converted_once_and_found_again(folder: Path, tmp_path: Path
     assert checkpoint_of(moved, tmp_path / "run") == found
 
 
+def test_a_folder_with_a_long_name_is_converted(folder: Path, tmp_path: Path) -> None:
+    """The name of its conversion is longer than its own."""
+    found = checkpoint_of(folder.rename(tmp_path / ("é" * 127)), tmp_path / "run")
+    assert found.name.startswith("é" * 100 + "-")
+
+
 def test_a_tokenizer_that_does_not_load_is_refused_before_the_conversion(folder: Path, tmp_path: Path) -> None:
     (folder / "tokenizer.json").write_text("{}")
     message = r"model\.checkpoint = .*, cannot be converted: tokenizer = .*; tokenizer\.json does not hold a tokenizer"
