@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,24 @@ def within(section: str) -> Iterator[None]:
 def check_seed(seed: int) -> None:
     """Raise `ConfigError` unless NumPy and PyTorch accept this seed."""
     require(0 <= seed < 2**63, f"seed = {seed}; it must be 0 or more, and below 2^63.")
+
+
+_FIXED_VARIABLES = frozenset(
+    (
+        *("messages", "conversation", "conversations", "tools", "add_generation_prompt", "continue_final_message"),
+        *("chat_template", "tokenize", "return_dict", "return_tensors", "return_assistant_tokens_mask", "tokenizer_kwargs"),
+        *("padding", "truncation", "max_length"),
+    )
+)
+"""Arguments of `apply_chat_template` that the rows or the command itself set."""
+
+
+def check_template_variables(variables: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` if `chat_template_kwargs` replaces what each row, or the command itself, gives the template."""
+    for name in sorted(_FIXED_VARIABLES & variables.keys()):
+        raise ConfigError(
+            f"chat_template_kwargs: {name} is no variable of the template: the rows or the command itself set it; remove it."
+        )
 
 
 def check_function(name: str, function: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from mpo_megatron.config.checks import check_seed, require
+from mpo_megatron.config.checks import check_seed, check_template_variables, require
 from mpo_megatron.config.values import Section
 
 
@@ -117,6 +117,7 @@ class PrepareConfig(Section):
             f"columns = {self.columns}; one column of the input is mapped twice; name each only once.",
         )
         check_seed(self.seed)
+        check_template_variables(self.chat_template_kwargs)
         require(self.max_prompt_tokens >= 1, f"max_prompt_tokens = {self.max_prompt_tokens}; it must be at least 1.")
         require(self.max_response_tokens >= 1, f"max_response_tokens = {self.max_response_tokens}; it must be at least 1.")
         require(self.num_workers >= 1, f"num_workers = {self.num_workers}; it must be at least 1.")

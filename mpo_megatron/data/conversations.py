@@ -202,11 +202,13 @@ def _read_turns(row: FieldRecord, value: Any, field: str) -> tuple[Message, ...]
         value = as_messages(value)
         if not isinstance(value, str | list):
             raise RowError(field, f"is of type {type(value).__name__}, not a string or messages")
-        if not isinstance(value, str):
-            return read_messages(row, value, field)
-        turns = split_transcript(value)
+        turns = split_transcript(value) if isinstance(value, str) else []
         if turns and turns[-1] == {"role": "assistant", "content": ""}:
             turns.pop()
+        if field == "instruction" and (turns or not isinstance(value, str)) and not _is_blank(row.values.get("input")):
+            raise RowError("input", "is not read: it continues an instruction given as text, but this one holds turns")
+        if not isinstance(value, str):
+            return read_messages(row, value, field)
         if turns:
             return read_messages(FieldRecord({}), turns, field)
         text = read_text(value, field)

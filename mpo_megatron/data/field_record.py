@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+_EMPTY: tuple[Any, ...] = ("", [], {}, "[]", "{}")
+"""Values that say nothing, also as JSON text in a cell of a CSV file."""
 _INDEX = re.compile(r"\[\d+\]")
 
 
@@ -50,7 +52,7 @@ class FieldRecord:
         """Place and value of each unread field that has a value; parts left out have none."""
         if not self.values.keys() <= self.used:
             for name, value in self.values.items():
-                if name not in self.used and value is not None and value not in ("", [], {}):
+                if name not in self.used and value is not None and value not in _EMPTY:
                     yield f"{self.place}{name}", value
         for name in self.left_out:
             yield f"{self.place}{name}", None

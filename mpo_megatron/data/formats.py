@@ -175,7 +175,7 @@ def parse(row: Any, layout: InputLayout) -> Parsed:
     """
     if not isinstance(row, dict):
         raise RowError("row", f"is of type {type(row).__name__}, not an object with fields")
-    record = FieldRecord(_unfold(row))
+    record = FieldRecord(unfold(row))
     parsed = find_format(layout.format).parse(record, layout)
     tools, unread = read_tools(record), list(record.unread())
     check_unread(unread)
@@ -183,8 +183,12 @@ def parse(row: Any, layout: InputLayout) -> Parsed:
     return replace(parsed, tools=tools, unused=unused) if tools or unused else parsed
 
 
-def _unfold(row: RowValues) -> RowValues:
-    """The row with the messages and tools that OpenAI's form of a pair holds in `input`."""
+def unfold(row: RowValues) -> RowValues:
+    """The row with the messages and tools that OpenAI's form of a pair holds in `input`.
+
+    Raises:
+        RowError: the row itself has them too.
+    """
     request = row.get("input")
     if not isinstance(request, dict) or "messages" not in request:
         return row

@@ -120,7 +120,7 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> PrepareSum
             tally.notes += [f"{' and '.join(empty)}: empty; labels are used instead of rewards"] if empty else []
         usable = _reject_without_rewards(groups, accepted, kind, rejected, output, tally)
         keys, inputs = read_keys(accepted.prompt_keys), np.frombuffer(bytes(accepted.inputs), np.uint16)
-        _check_inputs(config, inputs[usable], kind, tally)
+        _check_inputs(config, inputs, inputs[usable], kind, tally)
         tally.duplicate_prompts = len(usable) - count_prompts(keys[usable])
         ids = groups.group_ids() if config.weights or config.fraction < 1 else []
         train, evaluation, tally.outside_weights, tally.outside_fraction = choose_groups(usable, keys, inputs, ids, config)
@@ -325,17 +325,26 @@ def _reject_without_rewards(
     return usable
 
 
-def _check_inputs(config: PrepareConfig, usable: npt.NDArray[np.uint16], kind: RewardKind, tally: Tally) -> None:
+def _check_inputs(
+    config: PrepareConfig,
+    accepted: npt.NDArray[np.uint16],
+    usable: npt.NDArray[np.uint16],
+    kind: RewardKind,
+    tally: Tally,
+) -> None:
     """Refuse an input without any usable group, rather than train on the other inputs only.
 
     Args:
-        usable: for each usable group, the index of its input
+        accepted: for each group with tokens, the index of its input
+        usable: the same for those that have what most groups have
 
     Raises:
         DataError: names the input and its rejections.
     """
     for number in sorted({*range(len(config.inputs))} - {*usable.tolist()}):
-        mixed = "" if kind == "labels" else "; inputs with rewards and inputs with labels alone do not mix"
+        mixed = (
+            "" if kind == "labels" or number not in accepted else "; inputs with rewards and inputs with labels alone do not mix"
+        )
         raise DataError(
             f"input = {config.inputs[number]}; none of its groups is usable{mixed}; rejected in all inputs: "
             f"{_reasons(tally)}. Fix that input, or remove it."

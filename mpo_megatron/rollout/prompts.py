@@ -23,11 +23,11 @@ from mpo_megatron.data.chat import Chat
 from mpo_megatron.data.conversations import read_prompt
 from mpo_megatron.data.field_record import FieldRecord
 from mpo_megatron.data.fields import RowError, read_id
-from mpo_megatron.data.formats import InputLayout, detect, parse
+from mpo_megatron.data.formats import InputLayout, detect, parse, unfold
 from mpo_megatron.data.group import Message
 from mpo_megatron.data.readers import read_inputs
 from mpo_megatron.data.sampled_prompt import FIELD, digest_prompt
-from mpo_megatron.data.sources import RawRow, Rejection, open_source
+from mpo_megatron.data.sources import STANDARD_INPUT, RawRow, Rejection, open_source
 from mpo_megatron.data.spill import Spill, SpilledList
 from mpo_megatron.data.store import INFO_FILE, load_groups
 from mpo_megatron.data.tools import read_tools
@@ -162,8 +162,9 @@ def _read_row(row: Any, layout: InputLayout | None) -> Record:
     if layout is not None:
         parsed = parse(row, layout)
         return _build(parsed.prompt, parsed.tools, parsed.group_id, {})
-    if not isinstance(row, Mapping):
+    if not isinstance(row, dict):
         raise RowError("row", f"is of type {type(row).__name__}, not an object with fields")
+    row = unfold(row)
     record = FieldRecord(row)
     prompt, tools, group_id = read_prompt(record), read_tools(record), read_id(record)
     check_unread(record.unread())
@@ -203,9 +204,12 @@ def _read_prepared(folder: Path) -> Iterator[tuple[str, Record]]:
     source = options.get("input")
     if source is None:
         raise DataError(f"prompts = {folder}; it does not record its source file; name a file with the prompts.")
+    sources = [source] if isinstance(source, str) else source
+    if STANDARD_INPUT in sources:
+        raise DataError(f"prompts = {folder}; it was prepared from standard input, which is gone; name a file with the prompts.")
     try:
         streams = read_inputs(
-            [source] if isinstance(source, str) else source,
+            sources,
             format_name=options["format"],
             **{name: options[name] for name in ("split", "subset", "rating", "columns", "drop_ranks")},
         )

@@ -11,6 +11,7 @@ import yaml
 from mpo_megatron.cli import main
 from mpo_megatron.config import (
     AlignConfig,
+    ChatConfig,
     ConfigError,
     GenerateConfig,
     IterateConfig,
@@ -165,3 +166,18 @@ def test_a_mapping_is_written_alike_for_a_command_and_its_stages(given: list[str
     assert stage == {"columns": {"a": "x", "b": "y"}}
     own = parse(PrepareConfig, ["--output", "o", "--tokenizer", "t", "--input", "i", "--columns", *given])
     assert own.columns == stage["columns"]
+
+
+@pytest.mark.parametrize("name", ["tools", "messages", "add_generation_prompt", "tokenize", "continue_final_message"])
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        (PrepareConfig, ["--input", "i", "--output", "o", "--tokenizer", "t"]),
+        (GenerateConfig, ["--prompts", "p", "--output", "o", "--model", "m"]),
+        (ChatConfig, ["--model", "m"]),
+    ],
+)
+def test_template_variables_replace_nothing_of_a_row(kind: Any, arguments: list[str], name: str) -> None:
+    """They win over the rows' tools, and over the generation prompt."""
+    with pytest.raises(ConfigError, match=f"chat_template_kwargs: {name} is no variable of the template"):
+        parse(kind, [*arguments, "--chat_template_kwargs", f"{name}=false"])

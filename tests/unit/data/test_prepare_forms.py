@@ -211,6 +211,9 @@ def test_an_input_of_which_nothing_is_left_is_refused(run: Any, write_lines: Wri
     equal = write_lines({"prompt": "c", "chosen": "A", "rejected": ""}, name="equal.jsonl")
     with pytest.raises(DataError, match=r"equal.jsonl; none of its groups is usable; rejected in all inputs: 1 × rejected"):
         run([equal, pairs])
+    again = write_lines({"prompt": "a", "responses": ["A", "B"], "rewards": [1, 0]}, name="again.jsonl")
+    with pytest.raises(DataError, match=r"again.jsonl; none of its groups is usable; rejected in all inputs: 1 × id"):
+        run([scored, again])
 
 
 def test_a_difference_from_apply_chat_template_stops_the_run(

@@ -10,7 +10,8 @@ from mpo_megatron.data.fields import RowError
 from mpo_megatron.data.formats import detect, parse
 from tests.unit.data.messages import TOOL, assistant, user
 
-PAIR: dict[str, Any] = {"prompt": "Q", "chosen": "A", "rejected": "B"}
+ANSWERS = {"chosen": "A", "rejected": "B"}
+PAIR: dict[str, Any] = {"prompt": "Q"} | ANSWERS
 MEDIA = "is not text, and only text is read; remove it to use the row's text alone"
 
 
@@ -35,6 +36,12 @@ MEDIA = "is not text, and only text is read; remove it to use the row's text alo
             "history",
             "is not read; it comes before a question given as text: write its turns as messages before the others",
         ),
+        (
+            {"instruction": [user("Q")], "input": "Sky"} | ANSWERS,
+            "input",
+            "is not read: it continues an instruction given as text",
+        ),
+        ({"instruction": "\n\nHuman: Q\n\nAssistant:", "input": "Sky"} | ANSWERS, "input", "is not read: it continues"),
         (PAIR | {"functions": [{"name": "f"}]}, "functions", "is not read; write it as the row's column tools"),
         (PAIR | {"prompt": [user("Q") | {"tools": [TOOL]}]}, "prompt[0].tools", "is not read; write it as the row's column"),
         (
@@ -64,10 +71,11 @@ def test_empty_parts_and_descriptions_are_not() -> None:
         "image": None,
         "chat_template_kwargs": {"enable_thinking": None, "tools": []},
         "functions": "[]",
+        "history": "[]",
     }
     described = {"images": 3, "audio": False, "image_caption": "a cat", "meta": {"images": 1}}
     row = PAIR | {"prompt": [user("Q") | {"functions": "", "function_calls": None}]} | empty
-    assert parse(row, detect([row])).unused == ("chat_template_kwargs", "functions")
+    assert parse(row, detect([row])).unused == ("chat_template_kwargs",)
     row = PAIR | described
     assert parse(row, detect([row])).unused == tuple(described)
 

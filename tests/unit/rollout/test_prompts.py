@@ -67,6 +67,7 @@ def test_tools_histories_and_json_are_rendered_as_in_prepare(tmp_path: Path, mod
         {"id": 1, "prompt": [{"role": "user", "content": "Sky?"}], "tools": json.dumps([tool])} | responses,
         {"id": 2, "instruction": "Translate:", "input": "Sky", "history": [["Hi", "Hello"]], "system": "Be brief."} | responses,
         {"id": 3, "prompt": json.dumps([{"role": "user", "content": "Sea?"}])} | responses,
+        {"id": 4, "input": {"messages": [{"role": "user", "content": "Wind?"}], "tools": [tool]}} | responses,
     ]
     path = write_lines(tmp_path / "rows.jsonl", rows)
     template = tmp_path / "template.jinja"
@@ -83,9 +84,19 @@ def test_tools_histories_and_json_are_rendered_as_in_prepare(tmp_path: Path, mod
     found = load_prompts(str(path), chat, max_prompt_tokens=2048)
     assert tokens_by_id(found) == prepared
     assert found.records[0]["tools"] == [tool]
-    assert [len(record["prompt"]) for record in found.records] == [1, 4, 1]
+    assert [len(record["prompt"]) for record in found.records] == [1, 4, 1, 1]
+    assert found.records[3]["tools"] == [tool]
     assert not any("meta" in record for record in found.records)
     assert tokens_by_id(load_prompts(str(tmp_path / "out"), chat, max_prompt_tokens=2048)) == prepared
+
+
+def test_groups_of_standard_input_are_no_prompts(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing, or something else, comes from it by then."""
+    lines = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines)))
+    prepare(PrepareConfig(input="-", output=str(tmp_path / "out"), tokenizer=str(model_folder)), Console(quiet=True))
+    with pytest.raises(DataError, match="it was prepared from standard input, which is gone; name a file"):
+        load(tmp_path / "out", model_folder)
 
 
 def test_held_out_prompts_stay_apart(tmp_path: Path, model_folder: Path) -> None:
