@@ -23,7 +23,7 @@ from mpo_megatron.config import ConfigError, require
 from mpo_megatron.data.arrays import Bools, Int32
 from mpo_megatron.data.fields import RowError
 from mpo_megatron.data.group import Answer, Message
-from mpo_megatron.data.thoughts import continue_prompt, find_seam
+from mpo_megatron.data.thoughts import begin_answer, find_seam
 from mpo_megatron.data.tokenizer import Tokenizer
 from mpo_megatron.data.turns import Turn, write_turns
 
@@ -229,9 +229,9 @@ class Chat:
             limit: as in `prompt`
 
         Raises:
-            RowError: it has a thought, but the prompt closes it.
+            RowError: it has a thought, but the prompt closes it; or it has no words.
         """
-        text = continue_prompt(self.seam if prompt_text is None else find_seam(prompt_text), self.strip_end(text))
+        text = begin_answer(self.seam if prompt_text is None else find_seam(prompt_text), self.strip_end(text))
         ids = [*self._text_ids(self.shorten(self._prefix + text, limit)), self.end_token_id]
         return np.array(ids, np.int32)
 
@@ -251,9 +251,7 @@ class Chat:
                     if anchored or not isinstance(answer, str):
                         own.append(self.answer(prompt_text, messages, answer, tools, limit))
                         continue
-                    text = self.strip_end(answer)
-                    if seam is not None:
-                        text = continue_prompt(seam, text)
+                    text = begin_answer(seam, self.strip_end(answer))
                     places.append((own, len(own), text))
                     texts.append(self.shorten(self._prefix + text, limit))
                     own.append(_NOTHING)
@@ -288,7 +286,7 @@ class Chat:
             RowError: the template omits a part of the answer, or renders another conversation.
         """
         if isinstance(answer, str):
-            text = continue_prompt(find_seam(prompt_text), self.strip_end(answer))
+            text = begin_answer(find_seam(prompt_text), self.strip_end(answer))
             return Tokens(text, self.response(answer, prompt_text, limit), None)
         if self.templated:
             raise RowError("", "holds messages, but after an already templated prompt a response must be text")
@@ -330,9 +328,9 @@ class Chat:
 
     def spells_special(self, messages: Sequence[Message], responses: Iterable[Answer]) -> bool:
         """Whether a text spells out a special token, which is then encoded as such; a response may end with its end token."""
-        texts = [self.strip_end(said) for said in responses if isinstance(said, str)]
-        said = itertools.chain(messages, *(said for said in responses if not isinstance(said, str)))
-        texts += [str(message["content"] or "") for message in said]
+        answers = ([said] if isinstance(said, str) else [message["content"] for message in said] for said in responses)
+        texts = [self.strip_end(str(said or "")) for said in itertools.chain.from_iterable(answers)]
+        texts += [str(message["content"] or "") for message in messages]
         return self._special is not None and any(map(self._special.search, texts))
 
     def shorten[Text: (str, str | None)](self, text: Text, limit: int | None) -> Text:

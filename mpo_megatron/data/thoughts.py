@@ -64,6 +64,18 @@ def continue_prompt(seam: Seam | None, answer: str) -> str:
     return content.removeprefix(seam.space) if content.startswith(seam.space) else content.lstrip("\n")
 
 
+def begin_answer(seam: Seam | None, answer: str) -> str:
+    """The words of an answer given as text, without its end token, after its prompt.
+
+    Raises:
+        RowError: as `continue_prompt`; or no words are left.
+    """
+    text = answer if seam is None else continue_prompt(seam, answer)
+    if not text or text.isspace():
+        raise RowError("", "is empty")
+    return text
+
+
 def leaves_open(seam: Seam | None, answer: str) -> bool:
     """Whether the prompt opens a thought that the answer never closes."""
     return seam is not None and not seam.closed and seam.end_tag not in answer

@@ -51,6 +51,7 @@ def write_turns(
         if message["role"] != "assistant":
             before.append(message)
             continue
+        message = _without_end(chat, message, place)
         prompt = chat.render(before, add_generation_prompt=True, tools=tools)
         if turns:
             glue = _between(chat, before, prompt, written, tools)
@@ -64,6 +65,17 @@ def write_turns(
         written += turn.text + turn.end
         before.append(message)
     return turns, exact
+
+
+def _without_end(chat: Chat, message: Message, place: int) -> Message:
+    """The message without end tokens that its text spells out: the template writes one."""
+    content = message["content"]
+    text = chat.strip_end(content) if content else content
+    if text == content:
+        return message
+    if not text.strip() and not message.get("tool_calls"):
+        raise RowError("" if place == 0 else f"[{place}]", "is empty")
+    return message | {"content": text}
 
 
 def _write_turn(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from jinja2 import TemplateError
 
-from mpo_megatron.data.chat import Chat
+from mpo_megatron.data.chat import Asked, Chat
 from mpo_megatron.data.fields import RowError
 from mpo_megatron.data.tokenizer import load_tokenizer
 from mpo_megatron.data.tokenizer_backends import HuggingFaceTokenizer
@@ -213,3 +213,29 @@ def _last_turn(scored: Any) -> int:
     while length < len(scored) and scored[-1 - length]:
         length += 1
     return length
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_an_end_token_in_a_message_is_not_doubled(tokenizer: HuggingFaceTokenizer, name: str) -> None:
+    """As data of other tools have it: the template writes one itself."""
+    chat = use(tokenizer, name)
+    question, more = [{"role": "user", "content": "Q"}], {"role": "user", "content": "More"}
+    prompt, _ = chat.prompt(question)
+
+    def tokens(first: str, last: str) -> list[int]:
+        answer = ({"role": "assistant", "content": first}, more, {"role": "assistant", "content": last})
+        return chat.answer(prompt, question, answer).ids.tolist()
+
+    assert tokens(f"Blue.{chat.end}", f"Red.{chat.end}\n") == tokens("Blue.", "Red.")
+    ended = ({"role": "assistant", "content": f"Blue.{chat.end}"},)
+    assert not chat.spells_special(question, [ended])
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_an_end_token_alone_is_no_answer(tokenizer: HuggingFaceTokenizer, name: str) -> None:
+    chat = use(tokenizer, name)
+    question = ({"role": "user", "content": "Q"},)
+    prompt, _ = chat.prompt(question)
+    answers = (f" {chat.end}\n", ({"role": "assistant", "content": chat.end},))
+    (found,) = chat.answers([Asked(prompt, question, answers, ())])
+    assert [str(error) for error in found] == [" is empty", " is empty"]
