@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import mmap
 import os
 import resource
 from collections.abc import Callable
@@ -108,6 +109,22 @@ def keep_freed_memory() -> None:
         return
     libc.mallopt(MALLOC_NUMBER_OF_MAPS, 0)  # large tensors, too, come from the heap
     libc.mallopt(MALLOC_TRIM_THRESHOLD, -1)  # whose end is never given back
+    _ask_for_large_pages(libc)
+
+
+def _ask_for_large_pages(libc: Any) -> None:
+    """Extend the heap by half of the machine's memory, in addresses only, of which the kernel may use pages of 2 MiB.
+
+    Without effect if addresses are limited, or the kernel has no such pages. Its default is to use them only when asked.
+    """
+    libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    page = os.sysconf("SC_PAGE_SIZE")
+    size = os.sysconf("SC_PHYS_PAGES") * page // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    start = libc.malloc(size)
+    if start is not None:
+        libc.madvise(-(-start // page) * page, size - page, mmap.MADV_HUGEPAGE)
+        libc.free(start)
 
 
 def peak_memory_gib() -> float:

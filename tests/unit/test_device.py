@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import functools
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -72,12 +75,44 @@ def test_freed_memory_is_kept_on_a_cpu_unless_the_user_sets_malloc(
     options: dict[int, int] = {}
     monkeypatch.setattr(device, "has_gpu", lambda: gpu)
     monkeypatch.setattr(device.ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=options.__setitem__))
+    monkeypatch.setattr(device, "_ask_for_large_pages", lambda libc: None)
     for name in [name for name in os.environ if name.startswith("MALLOC_")]:
         monkeypatch.delenv(name)
     if given is not None:
         monkeypatch.setenv(given, "1")
     device.keep_freed_memory()
     assert options == ({device.MALLOC_NUMBER_OF_MAPS: 0, device.MALLOC_TRIM_THRESHOLD: -1} if kept else {})
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="the kernel has no large pages")
+def test_the_heap_may_use_large_pages_and_takes_no_memory() -> None:
+    code = """if True:
+        import resource
+        from pathlib import Path
+        from mpo_megatron import device
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        device.keep_freed_memory()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+        found = Path("/proc/self/smaps").read_text().split("VmFlags:")
+        print(any("[heap]" in area and " hg" in flags.splitlines()[0] for area, flags in zip(found, found[1:])))
+    """
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    taken, large = done.stdout.split()
+    assert large == "True"
+    assert int(taken) < 8 * 1024  # KiB
+
+
+def test_without_addresses_to_reserve_pages_stay_small() -> None:
+    calls: list[Any] = []
+
+    def call(*arguments: Any) -> None:
+        calls.append(arguments)
+
+    libc = SimpleNamespace(malloc=lambda size: None, madvise=call, free=call)
+    device._ask_for_large_pages(libc)
+    assert calls == []
 
 
 def test_without_glibc_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
