@@ -1,7 +1,7 @@
 """Attention over a packed row on a CPU, in few and dense calls of PyTorch's flash kernel.
 
 The kernel computes the masked half of a causal square, and all pairs of a mask: calls with neither are twice as fast a pair.
-So a group's responses attend to their prompt in one call, and a causal square is halved into two smaller ones and a dense
+So a group's responses attend to their prompt in one call, and a causal square is divided into two smaller ones and a dense
 block, until what is left is small. A token's parts are merged by their normalizers, as flash attention merges blocks. Backward
 needs no parts: with a token's final output and normalizer, the kernel's gradient of each block is that of the whole softmax.
 
@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from mpo_megatron.model.attention import PLAIN, RowLayout, ScoreSettings, Segment, attend, heads_first
 
 SQUARE = 128
-"""Longest causal square that is not halved: below, the kernel's own blocks of queries become too small. Also the number of
+"""Longest causal square that is not divided: below, the kernel's own blocks of queries become too small. Also the number of
 queries computed together with a window or a cap."""
 
 FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -56,7 +56,7 @@ def cpu_row_attention(query: Tensor, key: Tensor, value: Tensor, layout: RowLayo
 
 def split_blocks(segments: tuple[Segment, ...], window: int | None = None) -> list[AttentionBlock]:
     """Blocks that hold each attended pair once. First come causal blocks, one for each token."""
-    causal, dense = list[AttentionBlock](), list[AttentionBlock]()
+    causal, dense, contexts = list[AttentionBlock](), list[AttentionBlock](), list[AttentionBlock]()
     for segment in segments:
         context = segment.context_start, segment.context_end
         if window is not None and context[1] - context[0] + segment.end - segment.start > window:
@@ -69,17 +69,18 @@ def split_blocks(segments: tuple[Segment, ...], window: int | None = None) -> li
             if end - start <= SQUARE:
                 causal.append(AttentionBlock(start, end, start, end, causal=True))
                 continue
-            middle = (start + end) // 2
+            # All squares but the last are full: the kernel is slow at odd sizes.
+            middle = start + (SQUARE << ((end - start - 1) // SQUARE).bit_length() - 1)
             waiting += [(start, middle), (middle, end)]
             dense.append(AttentionBlock(middle, end, start, middle, causal=False))
         if context[0] == context[1]:
             continue
-        last = dense[-1] if dense else None
-        if last is not None and last.edge is None and (last.end, last.key_start, last.key_end) == (segment.start, *context):
-            dense[-1] = last._replace(end=segment.end)  # responses of one group
+        last = contexts[-1] if contexts else None
+        if last is not None and (last.end, last.key_start, last.key_end) == (segment.start, *context):
+            contexts[-1] = last._replace(end=segment.end)  # responses of one group
         else:
-            dense.append(AttentionBlock(segment.start, segment.end, *context, causal=False))
-    return causal + dense
+            contexts.append(AttentionBlock(segment.start, segment.end, *context, causal=False))
+    return causal + dense + contexts
 
 
 def split_window(segment: Segment, window: int) -> Iterator[AttentionBlock]:
@@ -131,42 +132,50 @@ class _BlockAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, blocks: list[AttentionBlock], scale: float | None) -> Tensor:
         exact = torch.promote_types(query.dtype, torch.float32)
-        output, normalizer = query.new_empty(query.shape, dtype=exact), query.new_empty(query.shape[:2], dtype=exact)
+        output = query.new_empty(query.shape, dtype=exact)
+        normalizers = query.new_empty((1, query.shape[1], query.shape[0]), dtype=exact)
+        queries, keys, values, outputs = (heads_first(part) for part in (query, key, value, output))
         for block in blocks:
-            inputs = (heads_first(part) for part in _parts(block, query, key, value))
-            part, part_normalizer = FORWARD(*inputs, 0.0, block.causal, attn_mask=_edge_mask(block, query), scale=scale)
-            part, part_normalizer = part[0].transpose(0, 1), part_normalizer[0].T
-            rows = slice(block.start, block.end)
+            rows, seen = _tokens(block)
+            mask = _edge_mask(block, query)
+            inputs = queries[:, :, rows], keys[:, :, seen], values[:, :, seen]
+            part, own = FORWARD(*inputs, 0.0, block.causal, attn_mask=mask, scale=scale)
+            total, normalizer = outputs[:, :, rows], normalizers[:, :, rows]
             if block.causal:  # the first of these tokens' blocks
-                output[rows], normalizer[rows] = part, part_normalizer
+                total.copy_(part)
+                normalizer.copy_(own)
                 continue
-            share = torch.sigmoid(part_normalizer - normalizer[rows])
-            output[rows].lerp_(part.to(exact), share[:, :, None])
-            torch.logaddexp(normalizer[rows], part_normalizer, out=normalizer[rows])
+            share = torch.sigmoid(own - normalizer)
+            total.lerp_(part.to(exact), share[..., None])
+            torch.logaddexp(normalizer, own, out=normalizer)
         output = output.to(query.dtype)
-        ctx.save_for_backward(query, key, value, output, normalizer)
+        ctx.save_for_backward(query, key, value, output, normalizers)
         ctx.blocks, ctx.scale = blocks, scale
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, output, normalizer = ctx.saved_tensors
-        grads = [part.new_zeros(part.shape, dtype=normalizer.dtype) for part in (query, key, value)]
+        query, key, value, output, normalizers = ctx.saved_tensors
+        grads = [part.new_empty(part.shape, dtype=normalizers.dtype) for part in (query, key, value)]
+        queries, keys, values, outputs, gradients = (heads_first(part) for part in (query, key, value, output, grad))
+        totals = [heads_first(part) for part in grads]
         for block in ctx.blocks:
-            rows = slice(block.start, block.end)
-            inputs = (heads_first(part) for part in (grad[rows], *_parts(block, query, key, value), output[rows]))
+            rows, seen = _tokens(block)
             mask = _edge_mask(block, query)
-            parts = BACKWARD(*inputs, normalizer[rows].T[None], 0.0, block.causal, attn_mask=mask, scale=ctx.scale)
-            for total, part in zip(_parts(block, *grads), parts, strict=True):
-                total += part[0].transpose(0, 1)
+            inputs = gradients[:, :, rows], queries[:, :, rows], keys[:, :, seen], values[:, :, seen], outputs[:, :, rows]
+            parts = BACKWARD(*inputs, normalizers[:, :, rows], 0.0, block.causal, attn_mask=mask, scale=ctx.scale)
+            for total, part, tokens in zip(totals, parts, (rows, seen, seen), strict=True):
+                if block.causal:  # the first of these tokens' blocks, as queries and as keys
+                    total[:, :, tokens] = part
+                else:
+                    total[:, :, tokens].add_(part)
         return (*(part.to(query.dtype) for part in grads), None, None)
 
 
-def _parts(block: AttentionBlock, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[q, A, D], [k, Q, D], [k, Q, D] of one block."""
-    keys = slice(block.key_start, block.key_end)
-    return query[block.start : block.end], key[keys], value[keys]
+def _tokens(block: AttentionBlock) -> tuple[slice, slice]:
+    """The block's queries and keys."""
+    return slice(block.start, block.end), slice(block.key_start, block.key_end)
 
 
 def _edge_mask(block: AttentionBlock, like: Tensor) -> Tensor | None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mpo_megatron.model import attention_cpu
-from mpo_megatron.model.attention import PLAIN, ScoreSettings, row_layout, segment_attention
+from mpo_megatron.model.attention import PLAIN, ScoreSettings, Segment, row_layout, segment_attention
 from mpo_megatron.model.attention_cpu import cpu_row_attention, split_blocks
 from tests.unit.model.rows import assert_same, random_groups_row, random_qkv, visible_pairs
 
@@ -41,6 +41,16 @@ def test_every_pair_is_in_one_block(seed: int, window: int | None) -> None:
     assert torch.equal(counts, visible_pairs(segments, window).int())
     covered = [token for block in blocks if block.causal for token in range(block.start, block.end)]
     assert sorted(covered) == list(range(segments[-1].end))
+
+
+def test_all_responses_attend_to_their_prompt_in_one_block() -> None:
+    """Also responses longer than a causal square, all of whose squares but the last are full."""
+    prompt, first, second = Segment(0, 50, 0, 0), Segment(50, 250, 0, 50), Segment(250, 700, 0, 50)
+    blocks = split_blocks((prompt, first, second))
+    assert [block for block in blocks if not block.causal and block.key_end == 50] == [(50, 700, 0, 50, False, None)]
+    sizes = [block.end - block.start for block in blocks if block.causal]
+    assert sum(size != attention_cpu.SQUARE for size in sizes) <= 3
+    assert max(sizes) <= attention_cpu.SQUARE
 
 
 @pytest.mark.parametrize("seed", range(3))
