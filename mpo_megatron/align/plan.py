@@ -35,6 +35,7 @@ from mpo_megatron.config import (
     from_dict,
     is_hub_name,
     require,
+    validate_generate,
 )
 from mpo_megatron.config.checks import within
 from mpo_megatron.config.iterate import STAGES
@@ -44,6 +45,8 @@ from mpo_megatron.data.sources import open_source
 from mpo_megatron.data.store import INFO_FILE, read_info
 from mpo_megatron.hf.identity import PEFT_CONFIG
 from mpo_megatron.plan.models import find_model
+from mpo_megatron.rollout.iterate import TRAIN_FILE
+from mpo_megatron.rollout.records import GENERATE_FILE
 from mpo_megatron.rollout.trained_policy import check_trained_policy
 from mpo_megatron.rollout.validation import check_generate
 from mpo_megatron.train.inputs import check_training
@@ -133,13 +136,14 @@ def build_stages(config: AlignConfig, model: Path) -> Stages:
         own = {"model": str(checkpoint), "output": str(output / "answers" / name)}
         return from_dict(GenerateConfig, answers | own, "generate")
 
-    check_installed(train.logging)
-    if not device.has_gpu() or has_option(config.train, "parallel") or (output / "groups" / INFO_FILE).is_file():
-        check_training(train, config.nproc or count_ranks(train.parallel), family)  # otherwise the layout follows from the groups
     after = answering("after", output / "aligned")
+    if not (output / TRAIN_FILE).is_file():  # a finished stage may be looked at on another machine
+        check_installed(train.logging)
+        if not device.has_gpu() or has_option(config.train, "parallel") or (output / "groups" / INFO_FILE).is_file():
+            check_training(train, config.nproc or count_ranks(train.parallel), family)  # else the layout follows from the groups
     if config.answers:
         with within("generate"):
-            check_generate(after)
+            (validate_generate if (Path(after.output) / GENERATE_FILE).is_file() else check_generate)(after)
         check_trained_policy(after, train.lora, family, model)
     return Stages(
         folder=output,

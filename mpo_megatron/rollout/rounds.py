@@ -45,6 +45,7 @@ from mpo_megatron.hf.layout import read_model
 from mpo_megatron.model.checkpoint_folder import CONVERTED, megatron_checkpoint
 from mpo_megatron.rollout.prompt_split import PromptSplit, split_prompts
 from mpo_megatron.rollout.records import read_summary
+from mpo_megatron.rollout.round_report import REPORT_FILE
 from mpo_megatron.rollout.trained_policy import check_trained_policy
 from mpo_megatron.rollout.validation import check_generate, check_score
 from mpo_megatron.train.checkpoints import checkpoint
@@ -157,7 +158,8 @@ def check_rounds(config: IterateConfig) -> tuple[list[RoundPolicy], list[int]]:
     for number in range(1, config.rounds + 1):
         item = build_round(config, number)
         num_ranks.append(config.nproc or count_ranks(item.train.parallel))
-        check_round(item, policies[number].generate, Path(config.model), num_ranks[-1])
+        if not (item.folder / REPORT_FILE).is_file():  # a finished round may be looked at on another machine
+            check_round(item, policies[number].generate, Path(config.model), num_ranks[-1])
     return policies, num_ranks
 
 

@@ -23,11 +23,12 @@ from mpo_megatron.config.checks import find_change
 from mpo_megatron.files import DataError
 from mpo_megatron.files.digests import unseal
 from mpo_megatron.files.lock import hold
-from mpo_megatron.rollout import stages
+from mpo_megatron.rollout import rounds, stages
 from mpo_megatron.rollout.divergence import summarize
 from mpo_megatron.rollout.iterate import iterate, measure_kl, open_folder, stage, write_prompts
 from mpo_megatron.rollout.prompt_split import split_prompts
-from mpo_megatron.rollout.round_report import compute_win_rate, format_report, summarize_answers, write_report
+from mpo_megatron.rollout.records import write_summary
+from mpo_megatron.rollout.round_report import REPORT_FILE, compute_win_rate, format_report, summarize_answers, write_report
 from mpo_megatron.rollout.rounds import RoundsPlan, build_plan, start_training
 from mpo_megatron.rollout.select import NothingLeftError
 from tests.waiting import TIMEOUT
@@ -362,6 +363,11 @@ def test_a_folder_goes_on_only_as_it_was_started(options: dict[str, Any]) -> Non
     open_plan(plan)
     assert {path.name: path.read_bytes() for path in (plan.folder / "prompts").iterdir()} == before
     open_plan(build_plan(IterateConfig(**options, nproc=2)))  # on another machine
+    for item in plan.rounds:  # finished
+        write_summary(item.folder / REPORT_FILE, {})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rounds, "check_round", lambda *_: pytest.fail("a check of a round that was done"))
+        build_plan(IterateConfig(**options))
     options["train"] = {"optimizer": {"lr": 2e-3}}
     with pytest.raises(ConfigError, match=r"was started with train\.optimizer\.lr = 0\.001, now it is 0\.002"):
         open_plan(build_plan(IterateConfig(**options)))
