@@ -66,7 +66,7 @@ class PrepareConfig(Section):
     overlong: Literal["drop", "truncate"] = "drop"
     """Treatment of a longer response: drop it from its group, or truncate it (without an end token). Both are counted."""
     max_rows: int | None = None
-    """Read only this many rows, for a trial."""
+    """Read only this many rows of each input, for a trial."""
     held_out: int = 0
     """Move this many groups, chosen by a hash of their prompt, to `<output>-eval`; no prompt is in both."""
     fraction: float = 1.0

@@ -157,7 +157,7 @@ class Chat:
 
     def with_system(self, messages: Sequence[Message]) -> list[Message]:
         """The messages, with the system prompt first if they have no system message."""
-        if self.system_prompt is not None and (not messages or messages[0]["role"] != "system"):
+        if self.system_prompt is not None and (not messages or messages[0]["role"] not in ("system", "developer")):
             return [{"role": "system", "content": self.system_prompt}, *messages]
         return list(messages)
 

@@ -341,6 +341,10 @@ def _open_folder(folder: Path, split: str, subset: str | None, option: str) -> S
     files = sorted(path for path in folder.iterdir() if path.is_file() and _is_readable(path))
     if not files or subset is not None or (folder / "README.md").is_file():
         return _load_dataset(str(folder), split, subset, option)
+    below = (path for path in folder.glob("[!.]*/**/*") if _is_readable(path) and not (path.parent / INFO_FILE).is_file())
+    if (unread := min(below, default=None)) is not None:
+        pattern = folder / "**" / f"*{unread.suffix}"
+        raise DataError(f"{option} = {folder}; {unread} is in a folder below, which is not read; give a pattern, as '{pattern}'.")
     return _read_files(_files_of_split(files, split), str(folder), option)
 
 

@@ -424,3 +424,9 @@ def test_a_damaged_tokenizer_is_refused_in_one_sentence(tmp_path: Path) -> None:
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"model_max_length": "x"}))
     with pytest.raises(ConfigError, match="transformers cannot load it"):  # which fails only when it encodes
         load_tokenizer(tmp_path)
+
+
+def test_a_developer_message_is_the_prompt_s_system_message(tokenizer: HuggingFaceTokenizer) -> None:
+    chat = Chat(tokenizer, system_prompt="Be brief.")
+    messages = [{"role": "developer", "content": "Answer in verse."}, {"role": "user", "content": "Q"}]
+    assert chat.with_system(messages) == messages

@@ -76,6 +76,22 @@ def test_a_folder_of_files(tmp_path: Path, write_lines: Writer) -> None:
         read_groups(str(tmp_path / "plain"))
 
 
+def test_files_in_folders_below_are_not_left_out_silently(tmp_path: Path, write_lines: Writer) -> None:
+    (tmp_path / "data" / "more").mkdir(parents=True)
+    write_lines(*ROWS[:2], name="data/a.jsonl")
+    (tmp_path / "data" / "more" / "notes.txt").touch()
+    assert len(groups_of(tmp_path / "data")) == 2
+    write_lines(*ROWS[2:], name="data/more/b.jsonl")
+    with pytest.raises(
+        DataError, match=r"more/b.jsonl is in a folder below, which is not read; give a pattern, as '.*data/\*\*/\*.jsonl'"
+    ):
+        read_groups(str(tmp_path / "data"))
+    assert len(groups_of(tmp_path / "data" / "*.jsonl")) == 2
+    assert len(groups_of(tmp_path / "data" / "**" / "*.jsonl")) == 5
+    (tmp_path / "data" / "more" / "prepare.json").touch()  # written by `mpo prepare`
+    assert len(groups_of(tmp_path / "data")) == 2
+
+
 def test_a_dataset_folder_as_the_hub_lays_it_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
