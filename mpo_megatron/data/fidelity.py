@@ -10,6 +10,7 @@ from jinja2 import TemplateError
 from mpo_megatron.data.chat import Chat
 from mpo_megatron.data.group import Group, TokenizedGroup
 from mpo_megatron.data.tokenizer_backends import HuggingFaceTokenizer
+from mpo_megatron.data.turns import without_end
 from mpo_megatron.files import DataError
 
 
@@ -34,7 +35,7 @@ def check_group(group: Group, tokenized: TokenizedGroup, chat: Chat) -> None:
     for index, answer in enumerate(group.responses):
         if isinstance(answer, str) or len(answer) > 1 or len(tokenized.response_tokens) != len(group.responses):
             continue
-        whole = backend.apply_chat_template([*messages, *answer], tokenize=False, **options)
+        whole = backend.apply_chat_template([*messages, without_end(chat, answer[0], 0)], tokenize=False, **options)
         if not whole.startswith(tokenized.prompt_text):
             continue  # the template opens a thought in the prompt only
         text = whole[len(tokenized.prompt_text) :]

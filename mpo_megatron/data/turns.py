@@ -51,7 +51,7 @@ def write_turns(
         if message["role"] != "assistant":
             before.append(message)
             continue
-        message = _without_end(chat, message, place)
+        message = without_end(chat, message, place)
         prompt = chat.render(before, add_generation_prompt=True, tools=tools)
         if turns:
             glue = _between(chat, before, prompt, written, tools)
@@ -67,8 +67,15 @@ def write_turns(
     return turns, exact
 
 
-def _without_end(chat: Chat, message: Message, place: int) -> Message:
-    """The message without end tokens that its text spells out: the template writes one."""
+def without_end(chat: Chat, message: Message, place: int) -> Message:
+    """The message without end tokens that its text spells out: the template writes one.
+
+    Args:
+        place: index in the answer, for messages
+
+    Raises:
+        RowError: no words are left.
+    """
     content = message["content"]
     text = chat.strip_end(content) if content else content
     if text == content:

@@ -251,3 +251,17 @@ def test_mutated_rows_are_groups_or_rejections() -> None:
     counts, wrong = fuzz(300, seed=5)
     assert not wrong
     assert counts["groups"] > 30
+
+
+@pytest.mark.parametrize("template", ["qwen2_5", "qwen3", "llama3_1"])
+def test_a_message_that_spells_out_another_end_token_passes_the_check(
+    run: Any, model: Path, write_lines: Writer, template: str
+) -> None:
+    """As of a base model: its end of text is not the template's end of a turn."""
+    ends = ["<|endoftext|>", "<|im_end|>\n"]
+    row = {"prompt": "Q", "chosen": [assistant(f"Yes.{ends[0]}")], "rejected": [assistant(f"No.{ends[1]}")]}
+    summary, groups, _ = run(write_lines(row), template=template)
+    _, answers = shown(model, groups)
+    end = "<|eot_id|>" if template == "llama3_1" else "<|im_end|>"
+    assert [answer.rpartition("\n")[2] for answer in answers] == [f"Yes.{end}", f"No.{end}"]
+    assert summary.tally.checked == 1
