@@ -181,7 +181,7 @@ def join_lists(kind: type[Any], arguments: Sequence[str]) -> list[str]:
     values: dict[str, list[str]] = {}
     joined: list[str] = []
     current: str | None = None
-    for argument, following in itertools.pairwise([*arguments, "--"]):
+    for argument, following in itertools.pairwise([*arguments, "--end"]):  # the end is no value
         option, equals, value = argument.partition("=")
         if collection_of(types.get(option)) is not None:
             current = option

@@ -12,7 +12,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from mpo_megatron.data.field_record import FieldRecord
-from mpo_megatron.data.fields import RowError, check_unicode, drop_nulls, parse_json, read_list, read_text, split_columns
+from mpo_megatron.data.fields import (
+    RowError,
+    check_names,
+    check_unicode,
+    drop_nulls,
+    parse_json,
+    read_list,
+    read_text,
+    split_columns,
+)
 from mpo_megatron.data.group import Answer, Message
 from mpo_megatron.data.tools import read_calls
 from mpo_megatron.data.unread import check_unread
@@ -105,6 +114,7 @@ def read_messages(row: FieldRecord, value: Any, field: str, *, last_assistant: b
 def _read_message(row: FieldRecord, item: Any, place: str, index: int) -> Message:
     if not isinstance(item, dict):
         raise RowError(place, f"is of type {type(item).__name__}, not a message")
+    check_names(item, place)
     record = row.within(item, place)
     given = record.get(record.find(("role", "from")) or "role")
     role = _ROLES.get(str(given))

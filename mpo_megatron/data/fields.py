@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from typing import Any
 
 from mpo_megatron.config.values import LARGEST_REWARD
@@ -18,6 +19,9 @@ _PYTHON_MESSAGES = re.compile(r"""\s*\[?\{'(role|from|content|value)': ['"]""")
 
 class WrittenObject(dict[str, Any]):
     """An object whose null entries are meant: from JSON text in a row, or from a line of ours. Arrow adds some to others."""
+
+    repeated: str | None = None
+    """A name that its text gives twice; only the last value is here."""
 
 
 class RowError(ValueError):
@@ -105,10 +109,33 @@ def parse_json(value: Any, opening: str) -> Any:
     """The JSON value of a string that starts with `opening`; any other value unchanged."""
     if isinstance(value, str) and value.lstrip()[:1] == opening:
         try:
-            return json.loads(value, object_hook=WrittenObject)
+            return json.loads(value, object_pairs_hook=_read_written)
         except (ValueError, RecursionError):
             return value
     return value
+
+
+def _read_written(pairs: list[tuple[str, Any]]) -> WrittenObject:
+    found = WrittenObject(pairs)
+    if len(found) < len(pairs):
+        found.repeated = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+    return found
+
+
+def check_names(value: Any, field: str) -> None:
+    """Check that no object in a value from JSON text gives a name twice.
+
+    Raises:
+        RowError: one does.
+    """
+    if isinstance(value, WrittenObject):
+        if value.repeated is not None:
+            raise RowError(field, f"gives {value.repeated[:40]!r} twice")
+        for item in value.values():
+            check_names(item, field)
+    elif isinstance(value, list):
+        for item in value:
+            check_names(item, field)
 
 
 def split_columns(value: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 from mpo_megatron.data.conversations import as_messages, join_answers, read_answer
 from mpo_megatron.data.field_record import FieldRecord
-from mpo_megatron.data.fields import RowError, read_id, read_list, read_number
+from mpo_megatron.data.fields import RowError, check_names, read_id, read_list, read_number
 from mpo_megatron.data.formats import Parsed, Responses, Sample
 from mpo_megatron.data.group import Answer
 
@@ -20,6 +20,7 @@ def read_item(row: FieldRecord, item: Any, place: str, name: str = "text") -> tu
     """A response given as text, as messages, or inside a record; and that record, for its other fields."""
     if not isinstance(item, dict):
         return read_answer(row, item, place), row.within({}, place)
+    check_names(item, place)
     record = row.within(item, place)
     name = record.find(_TEXTS) or name
     text = record.get(name)

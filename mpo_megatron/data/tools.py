@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from mpo_megatron.data.field_record import FieldRecord
-from mpo_megatron.data.fields import RowError, check_unicode, drop_nulls, parse_json, read_list
+from mpo_megatron.data.fields import RowError, check_names, check_unicode, drop_nulls, parse_json, read_list
 
 
 def read_calls(record: FieldRecord, value: Any, place: str) -> list[dict[str, Any]]:
@@ -21,6 +21,8 @@ def read_calls(record: FieldRecord, value: Any, place: str) -> list[dict[str, An
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise RowError(f"{place}[{index}].function.name", "is missing")
         arguments = parse_json(function.get("arguments", function.get("parameters")), "{")
+        for part in (item, arguments):
+            check_names(part, f"{place}[{index}]")
         arguments = drop_nulls(arguments, record, "tool_calls") or {}
         function = {key: value for key, value in function.items() if key != "parameters" and value is not None}
         outer = {key: value for key, value in outer.items() if value is not None}
@@ -45,6 +47,7 @@ def read_tools(row: FieldRecord) -> tuple[dict[str, Any], ...]:
         item = parse_json(item, "{")
         if not isinstance(item, dict):
             raise RowError(f"tools[{index}]", f"is of type {type(item).__name__}, not an object")
+        check_names(item, f"tools[{index}]")
         found.append(drop_nulls(item, row, "tools"))
     _check_json(found, "tools")
     return tuple(found)

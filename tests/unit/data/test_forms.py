@@ -346,3 +346,32 @@ def test_several_inputs_have_ids_of_their_own(write_lines: Writer) -> None:
         f"repeats the prompt, responses and rewards of {first}:2"
     ]
     assert [stream.layout.format for stream in streams] == ["groups", "pairs", "groups"]
+
+
+TWICE = '"content": "A", "content": "B"'
+CALLED = [user("Q"), assistant(None, tool_calls=[{"function": {"name": "f", "arguments": '{"x": 1, "x": 2}'}}]), tool("1")]
+
+
+@pytest.mark.parametrize(
+    ("row", "error"),
+    [
+        ({"prompt": f'[{{"role": "user", {TWICE}}}]', "chosen": "A", "rejected": "B"}, "prompt[0] gives 'content' twice"),
+        ({"prompt": f'{{"role": "user", {TWICE}}}', "chosen": "A", "rejected": "B"}, "prompt[0] gives 'content' twice"),
+        (
+            {"prompt": "Q", "responses": '[{"text": "A", "reward": 1, "reward": 2}, "B", "C"]'},
+            "responses[0] gives 'reward' twice",
+        ),
+        ({"prompt": "Q", "tools": '[{"a": {"b": 1, "b": 2}}]', "chosen": "A", "rejected": "B"}, "tools[0] gives 'b' twice"),
+        ({"prompt": CALLED, "chosen": "A", "rejected": "B"}, "prompt[1].tool_calls[0] gives 'x' twice"),
+    ],
+)
+def test_a_name_given_twice_in_json_text_is_refused(row: dict[str, Any], error: str) -> None:
+    """As in a line of its own: otherwise, the last value counts."""
+    with pytest.raises(RowError) as caught:
+        raise parse_row(row, detect([row])).dropped[0]
+    assert str(caught.value) == error
+
+
+def test_an_answer_that_is_json_may_give_a_name_twice() -> None:
+    _, group, _ = read({"prompt": "Q", "chosen": '{"x": 1, "x": 2}', "rejected": "B"})
+    assert group.responses == ('{"x": 1, "x": 2}', "B")
