@@ -305,7 +305,7 @@ def open_undecoded(source: str, *, split: str = "train", subset: str | None = No
             if value != default:
                 raise DataError(f"{name} = {value}; {option} = {source} is one file, which is read as a whole; remove {name}.")
     if source == STANDARD_INPUT:
-        return Source(None, _decode_lines(sys.stdin.buffer, "standard input"))
+        return Source(None, _decode_lines(sys.stdin.buffer if sys.stdin else (), "standard input"))  # None if closed
     if path.is_file():
         return _read_file(path, option)
     if is_pattern:

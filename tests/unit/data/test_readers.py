@@ -224,3 +224,9 @@ def test_real_files(real_data: Path) -> None:
         groups = groups_of(real_data / f"{name}.jsonl")
         assert len(groups) == count
         assert {len(group.responses) for group in groups} == {size}
+
+
+def test_a_closed_standard_input_is_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(DataError, match="input = -; it is empty"):
+        read_groups("-")
