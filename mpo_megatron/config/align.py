@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from mpo_megatron.config.checks import check_seed, check_template_variables, require
+from mpo_megatron.config.checks import check_seed, check_template_options, require
 from mpo_megatron.config.iterate import STAGES, IterateConfig
 from mpo_megatron.config.names import check_options
 from mpo_megatron.config.values import Section
@@ -120,7 +120,7 @@ class ChatConfig(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_seed(self.seed)
-        check_template_variables(self.chat_template_kwargs)
+        check_template_options(self.chat_template_kwargs)
         require(self.max_tokens >= 1, f"max_tokens = {self.max_tokens}; it must be at least 1.")
         require(0 <= self.temperature < float("inf"), f"temperature = {self.temperature}; it must be 0 or positive.")
         require(0 < self.top_p <= 1, f"top_p = {self.top_p}; it must be above 0 and at most 1.")

@@ -45,8 +45,16 @@ _FIXED_VARIABLES = frozenset(
 """Arguments of `apply_chat_template` that the rows or the command itself set."""
 
 
-def check_template_variables(variables: Mapping[str, Any]) -> None:
-    """Raise `ConfigError` if `chat_template_kwargs` replaces what each row, or the command itself, gives the template."""
+def check_template_options(
+    variables: Mapping[str, Any], *, prompt_format: str = "auto", system_prompt: str | None = None
+) -> None:
+    """Raise `ConfigError` if `chat_template_kwargs` replaces what each row, or the command itself, gives the template, or if
+    options for the template come with prompts that it is not applied to."""
+    for name, value in (("system_prompt", system_prompt), ("chat_template_kwargs", variables)):
+        require(
+            prompt_format != "templated" or not value,
+            f"{name} = {value} with prompt_format = templated: prompts are used unchanged; remove one of them.",
+        )
     for name in sorted(_FIXED_VARIABLES & variables.keys()):
         raise ConfigError(
             f"chat_template_kwargs: {name} is no variable of the template: the rows or the command itself set it; remove it."

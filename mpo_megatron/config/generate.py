@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
-from mpo_megatron.config.checks import check_seed, check_template_variables, check_writable, require
+from mpo_megatron.config.checks import check_seed, check_template_options, check_writable, require
 from mpo_megatron.config.values import Section
 
 
@@ -197,7 +197,7 @@ class GenerateConfig(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_seed(self.seed)
-        check_template_variables(self.chat_template_kwargs)
+        check_template_options(self.chat_template_kwargs, prompt_format=self.prompt_format, system_prompt=self.system_prompt)
         for name in ("num_responses", "max_tokens", "max_prompt_tokens", "max_attempts"):
             require(getattr(self, name) >= 1, f"{name} = {getattr(self, name)}; it must be at least 1.")
         require(0 <= self.temperature < float("inf"), f"temperature = {self.temperature}; it must be 0 or positive.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from mpo_megatron.config.checks import check_seed, check_template_variables, require
+from mpo_megatron.config.checks import check_seed, check_template_options, require
 from mpo_megatron.config.values import Section
 
 
@@ -104,11 +104,6 @@ class PrepareConfig(Section):
         )
         for weight in self.weights:
             require(0 < weight < float("inf"), f"weights = {self.weights}; each must be positive and finite.")
-        require(
-            self.prompt_format != "templated" or self.system_prompt is None,
-            f"system_prompt = {self.system_prompt} with prompt_format = templated: prompts are used unchanged; remove one of "
-            "them.",
-        )
         require(self.check_every >= 0, f"check_every = {self.check_every}; it must be 0 (never) or more.")
         for ours, theirs in self.columns.items():
             require(bool(ours and theirs), f"columns = {self.columns}; write ours=yours, for example prompt=question.")
@@ -117,7 +112,7 @@ class PrepareConfig(Section):
             f"columns = {self.columns}; one column of the input is mapped twice; name each only once.",
         )
         check_seed(self.seed)
-        check_template_variables(self.chat_template_kwargs)
+        check_template_options(self.chat_template_kwargs, prompt_format=self.prompt_format, system_prompt=self.system_prompt)
         require(self.max_prompt_tokens >= 1, f"max_prompt_tokens = {self.max_prompt_tokens}; it must be at least 1.")
         require(self.max_response_tokens >= 1, f"max_response_tokens = {self.max_response_tokens}; it must be at least 1.")
         require(self.num_workers >= 1, f"num_workers = {self.num_workers}; it must be at least 1.")

@@ -89,11 +89,14 @@ class Chat:
             templated: prompts have already gone through the template, and are used unchanged.
 
         Raises:
-            ConfigError: the template refuses a plain conversation or a system message, or has no end token.
+            ConfigError: the template refuses a plain conversation or a system message, lacks a variable, or has no end token.
         """
         self.tokenizer, self.system_prompt, self.variables = tokenizer, system_prompt, dict(variables or {})
         self.templated = False
         where = f"tokenizer = {tokenizer.source}: its chat template"
+        for name in self.variables:
+            known = re.search(rf"\b{re.escape(name)}\b", str(tokenizer.template)) is not None
+            require(known, f"chat_template_kwargs: {name}: {where} has no such variable; correct the name, or remove it.")
         question: list[Message] = [{"role": "user", "content": _QUESTION}]
         try:
             prompt, _ = self.prompt(question)

@@ -53,6 +53,10 @@ class Tokenizer(Protocol):
     def pad_id(self) -> int | None:
         """The padding token, if the tokenizer defines one."""
 
+    @property
+    def template(self) -> Any:
+        """The chat template; several by name, in a dictionary, for some models."""
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text. Spelled-out special tokens are recognised; none are added."""
 

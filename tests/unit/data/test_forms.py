@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -229,7 +230,7 @@ def test_what_answers_of_several_messages_share_is_part_of_the_prompt() -> None:
 # ------------------------------------------------------------------------------------------ values
 
 
-@pytest.mark.parametrize("one", [1, 1.0, "1", True, "true", "1.0"])
+@pytest.mark.parametrize("one", [1, 1.0, "1", True, "true", "1.0", Decimal(1)])
 def test_numbers_labels_and_ids_in_any_spelling(one: Any) -> None:
     zero = type(one)(0) if not isinstance(one, str) else {"1": "0", "true": "false", "1.0": "0.0"}[one]
     row = {"prompt": "Q", "responses": ["A", "B"], "rewards": [one, zero], "labels": [one, zero], "id": 7.0}
@@ -331,6 +332,8 @@ def test_columns_are_mapped(write_lines: Writer) -> None:
         parse(PrepareConfig, ["--input", "a", "--output", "o", "--tokenizer", "t", "--input"])
     with pytest.raises(ConfigError, match="there are 2 inputs; give one weight for each"):
         PrepareConfig(input=["a", "b"], output="o", tokenizer="t", weights=[1.0])
+    with pytest.raises(ConfigError, match=r"chat_template_kwargs = .* with prompt_format = templated: prompts are used"):
+        PrepareConfig(input="i", output="o", tokenizer="t", chat_template_kwargs={"x": 1}, prompt_format="templated")
     with pytest.raises(ConfigError, match="system_prompt = S with prompt_format = templated: prompts are used unchanged"):
         PrepareConfig(input="a", output="o", tokenizer="t", prompt_format="templated", system_prompt="S")
 
