@@ -45,6 +45,7 @@ def open_inputs(config: TrainConfig, num_ranks: int, family: Family, padded_voca
     Raises:
         ConfigError: names the field, the rule and the fix.
     """
+    require_working_gpus(config.model.backend)
     folder = Path(config.model.checkpoint)
     checkpoint.verify(folder)
     adapter = choose_shape(config, family)
@@ -83,6 +84,7 @@ def check_training(config: TrainConfig, num_ranks: int, family: Family) -> Objec
     Raises:
         ConfigError: names the field, the rule and the fix.
     """
+    require_working_gpus(config.model.backend)
     check_ranks(config.parallel, num_ranks)
     validate_experts(config.experts, num_experts=family.num_experts, loss_step=config.loss.step)
     objective = build_objective(config.loss)
@@ -100,7 +102,6 @@ def check_options(
     Raises:
         ConfigError: names the field, the rule and the fix.
     """
-    require_working_gpus(config.model.backend)
     resolved = resolve(config, num_ranks, family)
     validate_recompute(config.model, config.parallel, family, from_engine=resolved.model.from_engine)
     check_offload_kernel(config.model)

@@ -31,6 +31,7 @@ from mpo_megatron.rollout.records import write_summary
 from mpo_megatron.rollout.round_report import REPORT_FILE, compute_win_rate, format_report, summarize_answers, write_report
 from mpo_megatron.rollout.rounds import RoundsPlan, build_plan, start_training
 from mpo_megatron.rollout.select import NothingLeftError
+from tests.tiny import CHATML
 from tests.waiting import TIMEOUT
 
 
@@ -208,8 +209,10 @@ def test_a_server_may_read_each_rounds_weights(options: dict[str, Any]) -> None:
     assert all(item.generate.load_weights for item in plan.rounds)
 
 
-def test_prompts_are_drawn_for_and_trained_on_alike(options: dict[str, Any]) -> None:
-    alike = {"system_prompt": "S", "chat_template_kwargs": {"enable_thinking": False}}
+def test_prompts_are_drawn_for_and_trained_on_alike(options: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "template.jinja").write_text("{% if enable_thinking %}{% endif %}" + CHATML)
+    template = {"chat_template": str(tmp_path / "template.jinja"), "chat_template_kwargs": {"enable_thinking": False}}
+    alike = {"system_prompt": "S"} | template
     sections = {name: {**options.get(name, {}), **alike} for name in ("generate", "prepare")}
     sections["prepare"]["prompt_format"] = "chat"  # as auto, without the look at the first prompts
     build_plan(IterateConfig(**{**options, **sections}))
