@@ -143,7 +143,10 @@ def build_stages(config: AlignConfig, model: Path) -> Stages:
             check_training(train, config.nproc or count_ranks(train.parallel), family)  # else the layout follows from the groups
     if config.answers:
         with within("generate"):
-            (validate_generate if (Path(after.output) / GENERATE_FILE).is_file() else check_generate)(after)
+            if (Path(after.output) / GENERATE_FILE).is_file():  # its packages are no longer needed
+                validate_generate(after)
+            else:
+                check_generate(after)
         check_trained_policy(after, train.lora, family, model)
     return Stages(
         folder=output,

@@ -109,3 +109,9 @@ def group_line(group_id: str, *texts: str, **fields: Any) -> Record:
         **fields,
         "responses": responses,
     }
+
+
+def write_prompt_file(path: Path, number: int, order: int = 1, **fields: Any) -> Path:
+    rows = [{"prompt": f"Question {index}?", "answer": index, **fields} for index in range(number)][::order]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

@@ -1,44 +1,28 @@
-"""`mpo iterate` without running a stage: the split of prompts, the plan of every round, refusals, and reports."""
+"""`mpo iterate` without running a stage: the plan of every round, refusals, the folder, and when there is no KL."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import math
-import sys
-import time
-import tracemalloc
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-from unittest.mock import MagicMock, Mock
+from unittest.mock import Mock
 
-import numpy as np
-import psutil
 import pytest
 from rich.console import Console
 
-from mpo_megatron.config import ConfigError, GenerateConfig, IterateConfig, load_yaml
+from mpo_megatron.config import ConfigError, IterateConfig
 from mpo_megatron.config.checks import find_change
 from mpo_megatron.files import DataError
-from mpo_megatron.files.digests import unseal
 from mpo_megatron.files.lock import hold
-from mpo_megatron.rollout import rounds, stages
-from mpo_megatron.rollout.divergence import summarize
+from mpo_megatron.rollout import rounds
 from mpo_megatron.rollout.iterate import iterate, measure_kl, open_folder, stage, write_prompts
-from mpo_megatron.rollout.prompt_split import split_prompts
 from mpo_megatron.rollout.records import write_summary
-from mpo_megatron.rollout.round_report import REPORT_FILE, compute_win_rate, format_report, summarize_answers, write_report
+from mpo_megatron.rollout.round_report import REPORT_FILE
 from mpo_megatron.rollout.rounds import RoundsPlan, build_plan, start_training
 from mpo_megatron.rollout.select import NothingLeftError
 from tests.tiny import CHATML
-from tests.waiting import TIMEOUT
-
-
-def write_prompt_file(path: Path, number: int, order: int = 1, **fields: Any) -> Path:
-    rows = [{"prompt": f"Question {index}?", "answer": index, **fields} for index in range(number)][::order]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+from tests.unit.rollout.conftest import write_prompt_file
 
 
 @pytest.fixture
@@ -53,122 +37,6 @@ def options(model: Path, tmp_path: Path) -> dict[str, Any]:
         "score": {"scorers": {"short": {"kind": "regex", "pattern": "a"}}},
         "train": {"optimizer": {"lr": 1e-3}},
     }
-
-
-# --------------------------------------------------------------------------------------------------- prompts
-
-
-def questions(rows: Iterable[dict[str, Any]]) -> set[str]:
-    return {row["prompt"] for row in rows}
-
-
-def test_every_prompt_has_one_place_whatever_the_order(tmp_path: Path) -> None:
-    split = split_prompts(write_prompt_file(tmp_path / "a.jsonl", 23), rounds=3, held_out=5, seed=0)
-    other = split_prompts(write_prompt_file(tmp_path / "b.jsonl", 23, order=-1), rounds=3, held_out=5, seed=0)
-    parts = [*split.rounds, split.held_out]
-    assert [len(part) for part in parts] == [6, 6, 6, 5]
-    assert len(set().union(*map(questions, parts))) == 23
-    assert [questions(part) for part in parts] == [questions(part) for part in [*other.rounds, other.held_out]]
-    assert all(row["answer"] == int(row["prompt"].split()[1][:-1]) for part in parts for row in part)
-    shuffled = split_prompts(tmp_path / "a.jsonl", rounds=3, held_out=5, seed=1)
-    assert questions(shuffled.held_out) != questions(split.held_out)
-    # The held-out prompts do not depend on the number of rounds.
-    assert questions(split_prompts(tmp_path / "a.jsonl", rounds=2, held_out=5, seed=0).held_out) == questions(split.held_out)
-
-
-def test_memory_does_not_grow_with_the_prompts_texts(tmp_path: Path) -> None:
-    path = tmp_path / "long.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"{number} {'x' * 200_000}"}) + "\n" for number in range(250)))  # 50 MB
-    tracemalloc.start()
-    split = split_prompts(path, rounds=2, held_out=50, seed=0)
-    read = sum(len(row["prompt"]) for part in (*split.rounds, split.held_out) for row in part)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert read > 50e6
-    assert peak < 20e6  # 8 MiB until they move to a file, and copies of some prompts
-
-
-def test_duplicates_are_left_out_and_counted(tmp_path: Path) -> None:
-    path = write_prompt_file(tmp_path / "a.jsonl", 6)
-    path.write_text(path.read_text() * 2 + '{"prompt": [{"role": "user", "content": "Question 0?"}]}\n')
-    split = split_prompts(path, rounds=1, held_out=2, seed=0)
-    assert split.num_duplicates == 7
-    assert len(split.rounds[0]) == 4
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('{"prompt": "a"}\n{"question": ""}\n', r"p\.jsonl:2: question is empty"),
-        ('{"prompt": "a"}\n["b"]\n', r"p\.jsonl:2: row is of type list"),
-        ('{"prompt": "a"}\n{"prom', r"p\.jsonl:2: is not valid JSON"),
-        ('{"prompt": "a"}\n{"prompt": "b", "id": ""}\n', r"p\.jsonl:2: id is ''; use a non-empty string"),
-        ('{"prompt": "a", "id": 1}\n{"prompt": "b", "id": 1}\n{"prompt": "c"}\n', "the id 1 belongs to two different prompts"),
-    ],
-)
-def test_bad_prompts_are_named(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "p.jsonl").write_text(text)
-    with pytest.raises(DataError, match=message):
-        split_prompts(tmp_path / "p.jsonl", rounds=1, held_out=2, seed=0)
-
-
-def test_too_few_prompts(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="holds 5 different prompts; rounds = 3 and held_out = 4 need at least 7"):
-        split_prompts(write_prompt_file(tmp_path / "p.jsonl", 5), rounds=3, held_out=4, seed=0)
-
-
-# --------------------------------------------------------------------------------------------------- stages
-
-
-def test_a_command_of_its_own_gets_a_file_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The digits after a temperature's decimal point are not a file suffix."""
-    monkeypatch.setattr(stages.device, "has_gpu", lambda: True)
-    process = MagicMock(**{"wait.return_value": 3})
-    process.__enter__.return_value = process
-    monkeypatch.setattr(stages.subprocess, "Popen", lambda *_, **__: process)
-    for name in ("turn-1-temperature-0.1", "turn-1-temperature-0.7"):
-        config = GenerateConfig(prompts="p", model="m", output=str(tmp_path / name), num_responses=1)
-        with pytest.raises(stages.StageError, match="generate ended with exit status 3"):
-            stages.run_command("generate", print, config)
-        assert load_yaml(GenerateConfig, tmp_path / f"{name}.yaml") == config
-
-
-def test_a_command_of_its_own_is_asked_to_stop_before_the_process_that_started_it_leaves(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(stages.device, "has_gpu", lambda: True)
-    process = MagicMock(**{"wait.side_effect": [KeyboardInterrupt, 75]})
-    process.__enter__.return_value = process
-    monkeypatch.setattr(stages.subprocess, "Popen", lambda *_, **__: process)
-    with pytest.raises(KeyboardInterrupt):
-        stages.run_command("generate", print, GenerateConfig(prompts="p", model="m", output=str(tmp_path / "o"), num_responses=1))
-    assert [call[0] for call in process.method_calls] == ["wait", "terminate", "wait"]
-
-
-def test_a_command_of_its_own_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
-    """Otherwise it would keep the GPU and the lock, and the next start would be refused."""
-    command = tmp_path / "python"
-    command.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/child\nexec sleep 600\n")
-    command.chmod(0o755)
-    program = (
-        "from mpo_megatron.config import GenerateConfig\nfrom mpo_megatron.rollout import stages\n"
-        f"stages.device.has_gpu = lambda: True\nstages.sys.executable = {str(command)!r}\n"
-        f"stages.run_command('generate', print, GenerateConfig(prompts='p', model='m', output={str(tmp_path / 'out')!r}))"
-    )
-    parent = psutil.Popen([sys.executable, "-c", program])
-    while not ((tmp_path / "child").is_file() and (tmp_path / "child").read_text().endswith("\n")):
-        assert parent.poll() is None
-        time.sleep(0.05)
-    child = psutil.Process(int((tmp_path / "child").read_text()))
-    parent.kill()
-    parent.wait()
-    deadline = time.monotonic() + TIMEOUT
-    while alive := child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
-        if time.monotonic() > deadline:
-            child.kill()
-            break
-        time.sleep(0.05)
-    assert not alive
 
 
 # --------------------------------------------------------------------------------------------------- the plan
@@ -409,16 +277,6 @@ def test_a_stage_that_is_done_does_not_run(tmp_path: Path) -> None:
     assert ran == [1]
 
 
-# --------------------------------------------------------------------------------------------------- reports
-
-
-def answers(**rewards: list[float | None]) -> dict[str, list[dict[str, Any]]]:
-    return {
-        name: [{"reward": reward, "num_tokens": 4, "finish_reason": "stop"} for reward in values]
-        for name, values in rewards.items()
-    }
-
-
 def test_only_answers_that_are_all_cut_off_leave_out_the_kl(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -432,57 +290,3 @@ def test_only_answers_that_are_all_cut_off_leave_out_the_kl(
     assert "no KL: all were cut off" in capsys.readouterr().out
     with pytest.raises(DataError, match="the disk is full"):
         measured(DataError("the disk is full"))
-
-
-def test_win_rate_by_hand() -> None:
-    new, old = answers(a=[1.0, 2.0], b=[0.0, 0.0], c=[None, 5.0], d=[None]), answers(a=[1.0, 0.0], b=[1.0], c=[4.0], d=[1.0])
-    result = compute_win_rate(new, old)
-    # a: one tie and three wins of four, 7/8; b: 0; c: 1; d has no reward.
-    assert result["value"] == pytest.approx((7 / 8 + 0 + 1) / 3)
-    assert result["error"] == pytest.approx(np.std([7 / 8, 0, 1], ddof=1) / math.sqrt(3))
-    assert result["ties"] == pytest.approx(1 / (4 + 2 + 1))
-    assert result["prompts"] == 3
-
-
-def test_rewards_and_lengths_by_hand() -> None:
-    group = answers(a=[1.0, 0.0], b=[1.0, None])
-    group["a"][0] |= {"num_tokens": 8, "finish_reason": "length"}
-    summary = summarize_answers(group)
-    assert summary["reward"] == pytest.approx(0.75)
-    assert summary["error"] == pytest.approx(np.std([0.5, 1.0], ddof=1) / math.sqrt(2))
-    assert (summary["tokens"], summary["truncated"], summary["without_reward"]) == (5.0, 0.25, 1)
-
-
-def test_divergence_is_a_mean_over_prompts() -> None:
-    policy, reference = np.array([-1.0, -2.0, -3.0]), np.array([-2.0, -4.0, -3.5])
-    result = summarize(policy, reference, np.array([0, 2, 3]), np.array([2, 3, 2]))
-    # Ratios 1, 2 | ½: prompts 1½ and ½.
-    assert result["kl"] == pytest.approx(1.0)
-    assert result["kl_error"] == pytest.approx(0.5)
-    assert result["kl_per_token"] == pytest.approx(3.5 / 7)
-
-
-def test_combined_report(tmp_path: Path) -> None:
-    def policy(reward: float) -> dict[str, Any]:
-        return {"reward": reward, "error": 0.01, "prompts": 9, "without_reward": 0, "tokens": 4.0, "truncated": 0.0}
-
-    reports = [
-        {
-            "round": number,
-            "before": policy(0.1 * number),
-            "after": policy(0.1 * number + 0.1),
-            "win_rate": {"value": 0.6, "error": 0.02, "ties": 0.1, "prompts": 9},
-            "kl": None if number == 1 else {"kl": 0.5, "kl_error": 0.1},
-            "selected": {"groups_read": 10, "groups_written": 8},
-            "training": {"loss": "mpo", "params": {"beta": 0.1}, "lr": 1e-3},
-        }
-        for number in (1, 2)
-    ]
-    write_report(tmp_path, reports)
-    assert unseal(tmp_path / "report.json") == {"rounds": reports}
-    lines = (tmp_path / "report.md").read_text().splitlines()
-    assert "| start | 0.1 ± 0.01 |  |  | 4.0 | 0.0% |  |  |  |" in lines
-    row = "| round 2 | 0.3 ± 0.01 | 60.0% ± 2.0% (10% tied) | 0.5 ± 0.1 | 4.0 | 0.0% | `mpo` (beta = 0.1) | 0.001 | 8 of 10 |"
-    assert row in lines
-    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
-    assert format_report(reports[:1]).count("| round") == 1
