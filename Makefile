@@ -51,9 +51,10 @@ typecheck: $(VENV)/installed-dev
 docs: $(VENV)/installed-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
-# One file per process, since its tests share fixtures; in order, with the folders of long tests first.
+# One file per process, since its tests share fixtures; in order, with the folders of long tests first. The tests end when one
+# of them has ended its process: in another process, it would probably do so again.
 pytest: $(VENV)/installed-dev
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 # Packages for machines with GPUs: Linux on x86-64, and the Python of NVIDIA's and PyTorch's images.
 RESOLVE = $(BIN)/uv pip compile --quiet setup.py --extra gpu --extra rollout --extra tracking --python-version 3.12 \

@@ -26,6 +26,7 @@ from transformers import AutoConfig
 from benchmarks import timing
 from benchmarks.hand_loops import LOOPS, Group, HandLoop
 from benchmarks.logprobs import PeakMemory
+from mpo_megatron import device
 from mpo_megatron.config import LossConfig, ModelConfig, TrainConfig
 from mpo_megatron.config.train import CheckpointConfig, DataConfig, LoggingConfig, OptimizerConfig
 from mpo_megatron.data.group import TokenizedGroup
@@ -163,6 +164,7 @@ def _our_run(task: Task) -> Iterator[Run]:
         logging=LoggingConfig(num_samples=0),
         max_steps=task.num_steps,
     )
+    device.keep_freed_memory()  # as a rank of `mpo train`
     with session(build_setup(config, 1)) as place, contextlib.redirect_stdout(io.StringIO()):
         yield open_run(place)
 

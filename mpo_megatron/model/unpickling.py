@@ -18,6 +18,7 @@ import io
 import os
 import pathlib
 import pickle
+import pickletools
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path, PurePath
@@ -88,7 +89,9 @@ def read_metadata(folder: Path) -> Metadata:
     """
     path = folder / ".metadata"
     try:
-        metadata = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
+        content = path.read_bytes()
+        _check_indices(content)
+        metadata = _MetadataUnpickler(io.BytesIO(content)).load()
         problem = _find_problem(metadata)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from error
@@ -132,6 +135,18 @@ def refusal(path: Path, error: UnsafePickleError) -> str:
         f"{path}: refused without running it: {error}, which no checkpoint needs and which could run commands; "
         "someone has changed this file: get the checkpoint from a source that you trust."
     )
+
+
+def _check_indices(content: bytes) -> None:
+    """Most versions of Python fill a list up to any index at which a pickle keeps an object: one flipped bit, all memory.
+
+    Raises:
+        UnpicklingError: an index is larger than any that pickling writes.
+        ValueError: the content is no pickle.
+    """
+    for opcode, argument, position in pickletools.genops(content):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > len(content):
+            raise pickle.UnpicklingError(f"at byte {position:,}, index {argument:,} in {len(content):,} bytes")
 
 
 def _find_problem(metadata: Any) -> str | None:

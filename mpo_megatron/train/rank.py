@@ -58,15 +58,17 @@ def read_setup(program: str) -> Setup:
 
 
 def prepare_rank(config: TrainConfig) -> Setup:
-    """This rank's setup; also sets its environment and exit code.
+    """This rank's setup; also sets what holds for its whole process: environment, memory allocation, exit code.
 
     Raises:
         ConfigError: the configuration cannot work.
     """
+    from mpo_megatron import device
     from mpo_megatron.train.environment import set_environment
     from mpo_megatron.train.setup import build_setup
 
     set_environment(config)  # before CUDA is initialized
+    device.keep_freed_memory()
     signals.leave_with(config.faults.requeue_code)
     return build_setup(config, int(os.environ.get("WORLD_SIZE", "1")))  # without torchrun, the world size is 1
 

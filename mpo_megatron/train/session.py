@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from mpo_megatron import device
 from mpo_megatron.config.model import ADAPTER_OFF
 from mpo_megatron.data.store import PreparedGroups
 from mpo_megatron.model.parallel import Ranks, model_parallel
@@ -28,7 +27,6 @@ from mpo_megatron.train.setup import Setup
 @contextlib.contextmanager
 def session(setup: Setup) -> Iterator[Session]:
     """Connect the ranks, and disconnect at the end; within it, requests to stop reach all ranks. All ranks call it."""
-    device.keep_freed_memory()
     with model_parallel(setup.config.parallel, setup.config.seed) as ranks, spreading_requests():
         yield Session(setup, ranks)
 

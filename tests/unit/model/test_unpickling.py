@@ -93,6 +93,14 @@ def test_damaged_metadata(content: bytes, tmp_path: Path) -> None:
         read_metadata(tmp_path)
 
 
+@pytest.mark.parametrize("put", [b"r\x00\x00\x00\x10", b"p268435456\n"])
+def test_an_index_does_not_decide_how_much_memory_is_taken(put: bytes, tmp_path: Path) -> None:
+    """Python's own reader takes 4 GiB for this one."""
+    (tmp_path / ".metadata").write_bytes(b"\x80\x04N" + put + b".")
+    with pytest.raises(CheckpointError, match=r"damaged .*at byte 3, index 268,435,456 in \d+ bytes"):
+        read_metadata(tmp_path)
+
+
 def test_a_flipped_bit_of_metadata_ends_in_no_other_error(model: Path, tmp_path: Path) -> None:
     content = (model / "megatron" / ".metadata").read_bytes()
     for position in range(0, len(content), 7):

@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 
+from mpo_megatron import device
 from mpo_megatron.config import DataConfig, ModelConfig, OnlineConfig, OptimizerConfig, ParallelConfig, TrainConfig
+from mpo_megatron.train import setup
 from mpo_megatron.train.environment import ALLOCATOR, compute_capability, recommended, set_environment
+from mpo_megatron.train.rank import prepare_rank
 
 MARGINS = {"NVTE_FWD_LAYERNORM_SM_MARGIN", "NVTE_BWD_LAYERNORM_SM_MARGIN"}
 HOPPER, BLACKWELL = 9, 10
@@ -89,3 +92,11 @@ def test_a_hidden_gpu_does_not_count(gpus: Path, monkeypatch: pytest.MonkeyPatch
     assert compute_capability() == HOPPER
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert compute_capability() is None
+
+
+def test_a_rank_keeps_freed_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(device, "keep_freed_memory", lambda: done.append("memory"))
+    monkeypatch.setattr(setup, "build_setup", lambda config, num_ranks: done.append("setup"))
+    prepare_rank(config())
+    assert done == ["memory", "setup"]
