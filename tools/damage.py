@@ -4,7 +4,8 @@
 
 A trial flips a bit, truncates a file, or overwrites a block with zeros. Three outcomes are right: the result does not differ; the
 reader refuses with one sentence that names the file and the fix; or damaged data is computed again, with a message. Wrong
-outcomes are other values, a crash, a traceback, and a hanging reader. Exit code 1 if there was a wrong outcome.
+outcomes are other values, a crash, a traceback, a hanging reader, and one that takes much memory. Exit code 1 if there was a
+wrong outcome.
 
 Readers run in forked processes, so that a crash ends only one of them and is counted.
 """
@@ -42,6 +43,8 @@ RIGHT = ("no difference", "refused", "computed again", "as after a kill")
 """Right outcomes; the last is a file of lines without those after the damage, or with an incomplete last line."""
 SECONDS = 120
 """Seconds after which a reader counts as hanging."""
+MEMORY = 256
+"""MiB that reading a small file may take for a moment."""
 REMEDY = re.compile(r"\b(again|remove|copy|older|fix|write)\b")
 
 
@@ -157,7 +160,10 @@ def run_trials(kind: Kind, trials: Sequence[Trial]) -> Iterator[str]:
                 (place for place, (old, new) in enumerate(zip(whole, changed, strict=False)) if old != new), len(changed)
             )
             try:
-                yield judge(kind, trial, read, expected, whole[:first].count(b"\n"))
+                before = reset_peak()
+                outcome = judge(kind, trial, read, expected, whole[:first].count(b"\n"))
+                taken = peak() - before
+                yield outcome if taken <= MEMORY else f"much memory: {taken:,} MiB, {outcome}"
             finally:
                 trial.file.write_bytes(whole)
 
@@ -198,6 +204,18 @@ def judge_message(trial: Trial, message: str) -> str:
     if "\n" in message or not named or not REMEDY.search(message):
         return f"unclear message: {message[:300]}"
     return "refused"
+
+
+def reset_peak() -> int:
+    """Let the peak of this process's memory start anew at what is in use, in MiB."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak()
+
+
+def peak() -> int:
+    """Peak of this process's resident memory, in MiB."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) // 2**10
 
 
 @contextlib.contextmanager

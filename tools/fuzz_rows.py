@@ -30,8 +30,8 @@ from mpo_megatron.data.fields import RowError
 from mpo_megatron.data.formats import InputLayout, detect, find_format
 from mpo_megatron.data.group import Group
 from mpo_megatron.data.known_formats import FORMATS
+from mpo_megatron.data.raw_rows import RawRow, Rejection
 from mpo_megatron.data.readers import InputReader, RowStream, build_groups, gather
-from mpo_megatron.data.sources import RawRow, Rejection
 from mpo_megatron.data.spill import Spill
 from mpo_megatron.data.tokenizer_backends import HuggingFaceTokenizer
 from mpo_megatron.data.tokenizing import tokenize_groups

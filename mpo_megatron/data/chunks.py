@@ -14,8 +14,8 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from mpo_megatron.data.fields import RowError
+from mpo_megatron.data.raw_rows import RawRow, Rejection
 from mpo_megatron.data.readers import InputReader, PartOfRow
-from mpo_megatron.data.sources import RawRow, Rejection
 
 REWARDS, LABELS = 1, 2
 """Bits of `Chunk.holds`."""

@@ -33,9 +33,9 @@ from mpo_megatron.data.finishing import changes_nothing, finish_group
 from mpo_megatron.data.formats import InputLayout
 from mpo_megatron.data.group import Group, Message, RewardKind
 from mpo_megatron.data.preview import print_group
+from mpo_megatron.data.raw_rows import Rejection
 from mpo_megatron.data.readers import PartOfRow, RowStream, find_repeated, open_inputs
 from mpo_megatron.data.rewards import measure_scale
-from mpo_megatron.data.sources import Rejection
 from mpo_megatron.data.spill import Spill
 from mpo_megatron.data.store import BATCH_GROUPS, GROUPS_FILE, PreparedInfo, StoredGroups
 from mpo_megatron.data.store_writing import write_batches, write_info

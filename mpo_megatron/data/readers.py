@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 from mpo_megatron.data.fields import RowError
 from mpo_megatron.data.formats import InputLayout, Options, Parsed, build_group, detect, find_format, parse, rename
 from mpo_megatron.data.group import Group
-from mpo_megatron.data.sources import RawRow, Rejection, open_undecoded
+from mpo_megatron.data.raw_rows import RawRow, Rejection
+from mpo_megatron.data.sources import open_undecoded
 from mpo_megatron.data.spill import Spill
 from mpo_megatron.files import DataError
 

@@ -25,9 +25,9 @@ from mpo_megatron.data.fidelity import check_group
 from mpo_megatron.data.fields import RowError
 from mpo_megatron.data.formats import Parsed
 from mpo_megatron.data.group import Group, Message, TokenizedGroup
+from mpo_megatron.data.raw_rows import RawRow, Rejection
 from mpo_megatron.data.readers import PartOfRow, RowStream
 from mpo_megatron.data.sampled_prompt import check_sampled_prompt
-from mpo_megatron.data.sources import RawRow, Rejection
 from mpo_megatron.data.thoughts import find_seam, leaves_open
 from mpo_megatron.data.tokenizer import load_tokenizer
 

@@ -15,7 +15,6 @@ from the environment and is removed from every message. Prompts and key go to `b
 from __future__ import annotations
 
 import asyncio
-import email.utils
 import functools
 import os
 import queue
@@ -23,17 +22,16 @@ import random
 import re
 import sys
 import threading
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 from mpo_megatron.config import ConfigError, EndpointConfig, require
 from mpo_megatron.files import DataError
+from mpo_megatron.rollout.http_responses import UnusableAnswerError, bound_body, read_refusal, retry_after
+from mpo_megatron.rollout.model_names import is_version
 from mpo_megatron.rollout.proxies import describe_proxy, find_proxy
 from mpo_megatron.terminal.visible import visible
 
-MAX_BODY_BYTES = 16 * 2**20
-"""Largest body of an answer: 10⁵ tokens, as text and as ids, plus as many prompt ids, take 3 MB."""
 _FIRST_PAUSE = 0.5
 """Seconds before the first retry; doubled for each further one."""
 _LATER = {408, 409, 425, 429}
@@ -42,22 +40,8 @@ _FATAL = {401, 403, 404, 405}
 """Statuses that concern every request, not only this one."""
 _MIN_LOST = 8
 """A server counts as down after this many consecutive lost requests, and at least as many as run concurrently."""
-_MONTH, _DAY = "(0[1-9]|1[0-2])", "(0[1-9]|[12][0-9]|3[01])"
-_DATE = rf"(20\d\d-?)?{_MONTH}-?{_DAY}|2\d{_MONTH}({_DAY})?|20\d\d-?{_MONTH}"
-"""The dates in models' names: 2024-08-06, 20241022, 0613, 2411, 250528."""
-_VERSION = re.compile(rf"|@.+|[-:](latest|main|00\d|{_DATE})")
-"""What may follow a model's name in that of one of its versions; 001 is Google's."""
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
 """Control characters in a server's text, which must not reach a terminal or a log."""
-
-
-class UnusableAnswerError(ValueError):
-    """The server's answer cannot be used."""
-
-    def __init__(self, label: str, reason: str) -> None:
-        super().__init__(reason)
-        self.label = label
-        """The label this kind of answer is counted under, for example `filtered`."""
 
 
 class Failure(NamedTuple):
@@ -140,7 +124,7 @@ class Client:
         Names may differ in their folder and in a version: `org/model` may answer as `/models/model-2024-08-06`.
         """
         served = answer.get("model") if isinstance(answer, dict) else None
-        if not isinstance(served, str) or _is_version(served, requested):
+        if not isinstance(served, str) or is_version(served, requested):
             return None
         served = self._clean(served)
         if served not in self._other_models:
@@ -206,7 +190,7 @@ class Client:
                 verify=self._tls,
                 timeout=None,  # the deadline in `_ask` bounds a request as a whole
                 headers={"accept-encoding": "identity"},  # a small compressed body can expand a thousandfold
-                event_hooks={"response": [_bound_body]},
+                event_hooks={"response": [bound_body]},
                 follow_redirects=False,  # prompts would go to another host
                 trust_env=False,
                 proxy=self._proxy,
@@ -245,7 +229,7 @@ class Client:
                     raise ConfigError(self._explain(error.status_code, reason)) from None  # the cause may hold the key
                 if error.status_code not in _LATER and error.status_code < 500:
                     return None, Failure("refused", "refused", reason)
-                pause = _retry_after(error.response.headers.get("retry-after"), pause, self.config.max_wait)
+                pause = retry_after(error.response.headers.get("retry-after"), pause, self.config.max_wait)
             except (openai.APITimeoutError, TimeoutError):
                 reason = f"no answer within {self.config.timeout:g} s"
             except openai.APIConnectionError as error:
@@ -271,7 +255,7 @@ class Client:
 
     def describe_refusal(self, error: Any) -> str:
         """The status and the reason of an `openai.APIStatusError`, cleaned for messages."""
-        return self._clean(f"{error.status_code}: {_read_refusal(error)}")
+        return self._clean(f"{error.status_code}: {read_refusal(error)}")
 
     def _clean(self, text: str) -> str:
         """A server's text made safe for messages: short, UTF-8, without control characters and without the key."""
@@ -327,73 +311,3 @@ class _Tally:
                 f"{self.config.base_url}: the server refuses all of the first {self.refused} questions; the last: {reason}. "
                 "Set endpoint.api, endpoint.server and the sampling to values that it accepts."
             )
-
-
-def _is_version(served: str, requested: str) -> bool:
-    """Whether a served name is the requested one, or one of its versions: with a date, a number such as 001, or a revision.
-
-    `gpt-4o-mini` is no version of `gpt-4o`, nor `model-7b-instruct` or `model-7b-123` of `model-7b`.
-    """
-    found, name = _last_part(served), _last_part(requested)
-    name = name.removesuffix(":latest").removesuffix("-latest") or name
-    return found.startswith(name) and _VERSION.fullmatch(found.removeprefix(name)) is not None
-
-
-def _last_part(name: str) -> str:
-    """A model's own name, in lower case, without its folder or the suffix of its file."""
-    path = name.rstrip("/").lower().split("/")
-    if len(path) > 2 and path[-2] == "snapshots":  # the hub's cache: …/models--org--name/snapshots/<commit>
-        return path[-3].rpartition("--")[2]
-    return path[-1].removesuffix(".gguf")
-
-
-def _read_refusal(error: Any) -> str:
-    """The server's reason for refusing a request: the message in its body, else the whole body."""
-    message = error.body.get("message") if isinstance(error.body, dict) else error.body
-    return message if isinstance(message, str) else str(error.response.text).strip()
-
-
-async def _bound_body(response: Any) -> None:
-    """Limit the body of a response to `MAX_BODY_BYTES`.
-
-    Raises:
-        UnusableAnswerError: the body is compressed although the request forbade it.
-    """
-    encoding = response.headers.get("content-encoding", "identity")
-    if encoding not in ("identity", ""):
-        await response.aclose()
-        raise UnusableAnswerError("compressed", f"its body is compressed ({encoding}), which the request did not allow")
-    response.stream = _bounded_stream(response.stream)
-
-
-def _bounded_stream(stream: Any) -> Any:
-    """A stream of the same kind that raises `UnusableAnswerError` after `MAX_BODY_BYTES`."""
-    base: Any = next(kind for kind in type(stream).__mro__ if kind.__name__ == "AsyncByteStream")  # of httpx, or of httpx2
-
-    class Bounded(base):
-        async def __aiter__(self) -> AsyncIterator[bytes]:
-            total = 0
-            async for chunk in stream:
-                total += len(chunk)
-                if total > MAX_BODY_BYTES:
-                    raise UnusableAnswerError("too_large", f"its body is larger than {MAX_BODY_BYTES:,} bytes")
-                yield chunk
-
-        async def aclose(self) -> None:
-            await stream.aclose()
-
-    return Bounded()
-
-
-def _retry_after(header: str | None, pause: float, longest: float) -> float:
-    """Seconds to wait: the server's Retry-After (seconds, or a date), at most `longest`; else `pause`."""
-    if header is None:
-        return pause
-    try:
-        seconds = float(header)
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(header).timestamp() - time.time()
-        except ValueError:
-            return pause
-    return min(longest, max(0.0, seconds)) if seconds == seconds else pause

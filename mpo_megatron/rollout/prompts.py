@@ -25,9 +25,10 @@ from mpo_megatron.data.field_record import FieldRecord
 from mpo_megatron.data.fields import RowError, read_id
 from mpo_megatron.data.formats import InputLayout, detect, parse, unfold
 from mpo_megatron.data.group import Message
+from mpo_megatron.data.raw_rows import RawRow, Rejection
 from mpo_megatron.data.readers import read_inputs
 from mpo_megatron.data.sampled_prompt import FIELD, digest_prompt
-from mpo_megatron.data.sources import STANDARD_INPUT, RawRow, Rejection, open_source
+from mpo_megatron.data.sources import STANDARD_INPUT, open_source
 from mpo_megatron.data.spill import Spill, SpilledList
 from mpo_megatron.data.store import INFO_FILE, load_groups
 from mpo_megatron.data.tools import read_tools

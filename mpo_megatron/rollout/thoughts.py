@@ -11,7 +11,7 @@ from mpo_megatron.config import ConfigError
 from mpo_megatron.data.chat import Chat
 from mpo_megatron.data.fields import RowError
 from mpo_megatron.data.group import Message
-from mpo_megatron.rollout.client import UnusableAnswerError
+from mpo_megatron.rollout.http_responses import UnusableAnswerError
 
 
 class Thoughts:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 from mpo_megatron.data.group import Message
-from mpo_megatron.rollout.client import UnusableAnswerError
+from mpo_megatron.rollout.http_responses import UnusableAnswerError
 
 FinishReason = Literal["stop", "length", "repetition"]
 """Why a response ended: an end token, the token limit, or the engine detected repetition."""

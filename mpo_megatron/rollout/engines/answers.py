@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from mpo_megatron.data.tokenizer import Tokenizer
-from mpo_megatron.rollout.client import UnusableAnswerError
 from mpo_megatron.rollout.engines import Response, Sampling, read_finish_reason
 from mpo_megatron.rollout.engines.embedded import cut_at_stop
+from mpo_megatron.rollout.http_responses import UnusableAnswerError
 from mpo_megatron.rollout.thoughts import Thoughts
 
 _EXTRA_TOKENS = 1

@@ -18,9 +18,9 @@ from mpo_megatron.families import Family, load_family
 from mpo_megatron.families.adapters import VLLM_RANKS, vllm_refuses
 from mpo_megatron.hf.adapter import require_loads_in_vllm
 from mpo_megatron.hf.identity import adapter_rank, adapter_targets
-from mpo_megatron.rollout.client import UnusableAnswerError
 from mpo_megatron.rollout.engines import Generation, Miss, Prompt, Response, Sampling, read_finish_reason
 from mpo_megatron.rollout.engines.embedded import cut_at_stop
+from mpo_megatron.rollout.http_responses import UnusableAnswerError
 
 
 class VllmEngine:

@@ -14,10 +14,11 @@ from mpo_megatron.config import ConfigError, require, to_dict
 from mpo_megatron.config.score import JudgeScorer
 from mpo_megatron.data.bounded import LimitError
 from mpo_megatron.data.templates import Renderer, fill
-from mpo_megatron.rollout.client import Client, UnusableAnswerError
+from mpo_megatron.rollout.client import Client
 from mpo_megatron.rollout.engines import read_finish_reason, response_seed
 from mpo_megatron.rollout.engines.answers import find_choice, read_text
 from mpo_megatron.rollout.engines.servers import ServerKind, find_kind
+from mpo_megatron.rollout.http_responses import UnusableAnswerError
 from mpo_megatron.rollout.records import Record
 from mpo_megatron.rollout.scorers import Scorer, Scores, join_messages
 from mpo_megatron.rollout.scorers.comparison import Pair, score_by_comparison

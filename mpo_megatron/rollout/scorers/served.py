@@ -16,9 +16,10 @@ from mpo_megatron.config import require, to_dict
 from mpo_megatron.config.score import ServedRewardModelScorer
 from mpo_megatron.data.tokenizer import load_tokenizer
 from mpo_megatron.files import DataError
-from mpo_megatron.rollout.client import Client, UnusableAnswerError
+from mpo_megatron.rollout.client import Client
 from mpo_megatron.rollout.engines.answers import shorten
 from mpo_megatron.rollout.engines.servers import ServerKind, find_kind
+from mpo_megatron.rollout.http_responses import UnusableAnswerError
 from mpo_megatron.rollout.records import Record
 from mpo_megatron.rollout.scorers import Scorer, Scores, join_messages
 from mpo_megatron.rollout.scorers.reward_model import encode_conversation

@@ -17,8 +17,8 @@ from mpo_megatron.data.fields import RowError
 from mpo_megatron.data.formats import InputLayout, Options, build_group, detect
 from mpo_megatron.data.formats import parse as parse_row
 from mpo_megatron.data.group import Group
+from mpo_megatron.data.raw_rows import Rejection
 from mpo_megatron.data.readers import read_groups, read_inputs
-from mpo_megatron.data.sources import Rejection
 from mpo_megatron.files import DataError
 from tests.unit.data.conftest import Writer
 from tests.unit.data.messages import assistant, tool, user

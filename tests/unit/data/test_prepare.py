@@ -24,8 +24,8 @@ from mpo_megatron.config import ConfigError, PrepareConfig
 from mpo_megatron.data import tokenizing
 from mpo_megatron.data.formats import InputLayout
 from mpo_megatron.data.prepare import PrepareSummary, prepare
+from mpo_megatron.data.raw_rows import RawRow
 from mpo_megatron.data.readers import InputReader, RowStream
-from mpo_megatron.data.sources import RawRow
 from mpo_megatron.data.store import PreparedGroups, load_groups
 from mpo_megatron.data.workers import map_in_order
 from mpo_megatron.files import DataError

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from mpo_megatron.data.group import Group
+from mpo_megatron.data.raw_rows import Rejection
 from mpo_megatron.data.readers import read_groups
-from mpo_megatron.data.sources import Rejection
 from mpo_megatron.files import DataError
 from tests.unit.data.conftest import Writer
 

@@ -21,12 +21,13 @@ from mpo_megatron.config import ConfigError, EndpointConfig, GenerateConfig
 from mpo_megatron.data.chat import Chat
 from mpo_megatron.data.tokenizer import load_tokenizer
 from mpo_megatron.files import DataError
-from mpo_megatron.rollout.client import Client, _retry_after
+from mpo_megatron.rollout.client import Client
 from mpo_megatron.rollout.engines import Generation, Prompt, Response, Sampling
 from mpo_megatron.rollout.engines.endpoint import EndpointEngine
 from mpo_megatron.rollout.engines.seeds import WATCHED_PROMPTS, SeedWatch
 from mpo_megatron.rollout.engines.servers import list_models
 from mpo_megatron.rollout.generate import generate
+from mpo_megatron.rollout.http_responses import retry_after
 from mpo_megatron.rollout.proxies import describe_proxy, find_proxy
 from mpo_megatron.rollout.records import read_lines
 from tests.json_lines import write_lines
@@ -139,12 +140,12 @@ def test_pauses_grow_and_end(server: Server, model_folder: Path, pauses: list[fl
 
 
 def test_retry_after_forms() -> None:
-    assert _retry_after("2", 0.5, 60) == 2
-    assert _retry_after("120", 0.5, 60) == 60
-    assert _retry_after("-3", 0.5, 60) == 0
-    assert _retry_after("soon", 0.5, 60) == 0.5
-    assert _retry_after(None, 0.5, 60) == 0.5
-    assert 20 < _retry_after(email.utils.formatdate(time.time() + 30), 0.5, 60) <= 31
+    assert retry_after("2", 0.5, 60) == 2
+    assert retry_after("120", 0.5, 60) == 60
+    assert retry_after("-3", 0.5, 60) == 0
+    assert retry_after("soon", 0.5, 60) == 0.5
+    assert retry_after(None, 0.5, 60) == 0.5
+    assert 20 < retry_after(email.utils.formatdate(time.time() + 30), 0.5, 60) <= 31
 
 
 def test_a_slow_answer_is_lost(server: Server, model_folder: Path, pauses: list[float]) -> None:
