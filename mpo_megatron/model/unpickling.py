@@ -145,7 +145,7 @@ def _check_indices(content: bytes) -> None:
         ValueError: the content is no pickle.
     """
     for opcode, argument, position in pickletools.genops(content):
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > len(content):
+        if opcode.name in ("PUT", "LONG_BINPUT") and isinstance(argument, int) and argument > len(content):
             raise pickle.UnpicklingError(f"at byte {position:,}, index {argument:,} in {len(content):,} bytes")
 
 
