@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib
 import importlib.util
@@ -73,7 +74,7 @@ def source_digest(option: str, function: str) -> str:
 
 
 def check_source(option: str, function: str) -> None:
-    """Refuse a file that is missing, is not Python, or does not name the function; does not run it.
+    """Refuse a file that is missing, is not Python, imports a missing package, or does not name the function; does not run it.
 
     Raises:
         ConfigError: names the option and the cause.
@@ -85,10 +86,37 @@ def check_source(option: str, function: str) -> None:
     try:
         source = Path(place).read_text(encoding="utf-8")
         compile(source, place, "exec")
+        statements = ast.parse(source).body
     except (SyntaxError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or null bytes
         raise ConfigError(f"{option} = {function}; {place} is not valid Python: {error}; fix it.") from error
     if name not in source and "import *" not in source:
         raise ConfigError(f"{option} = {function}; {place} has no function {name}; check its spelling.")
+    if "sys.path" in source:  # where its imports are found shows only when it runs
+        return
+    for statement in statements:
+        for package in _packages(statement):
+            if not _is_importable(package, Path(place).parent):
+                where = f"{place}, line {statement.lineno}"
+                raise ConfigError(f"{option} = {function}; {where}, imports {package}, which is not installed; install it.")
+
+
+def _packages(statement: ast.stmt) -> set[str]:
+    """The packages that a statement of a file imports, unless it is part of a condition, a `try` or a function."""
+    if isinstance(statement, ast.Import):
+        return {name.name.partition(".")[0] for name in statement.names}
+    if isinstance(statement, ast.ImportFrom) and statement.level == 0 and statement.module:
+        return {statement.module.partition(".")[0]}
+    return set()
+
+
+def _is_importable(package: str, folder: Path) -> bool:
+    """Whether a file in the folder can import a package or a neighbour; imports nothing."""
+    if package in sys.modules or (folder / f"{package}.py").is_file() or (folder / package).is_dir():
+        return True
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ValueError:  # a module without a spec, which something else has put there
+        return True
 
 
 def _load_file(path: Path) -> ModuleType:

@@ -233,6 +233,12 @@ def test_what_cannot_be_imported_is_named(function: str, message: str) -> None:
     [
         ("def reward(response):\n    return 1\n", None),
         ("from rewards import *\n", None),
+        ("import os.path, rewards\ntry:\n    import nowhere\nexcept ImportError:\n    reward = len\n", None),
+        ("import sys\nsys.path.append('lib')\nimport nowhere\nreward = nowhere.reward\n", None),
+        (
+            "import math\nfrom nowhere.scores import reward\n",
+            r"f\.py, line 2, imports nowhere, which is not installed; install it",
+        ),
         ("raise RuntimeError('this file runs only when it scores')\nreward = 1\n", None),
         ("def reward(response:\n", "not valid Python"),
         ("def prize(response):\n    return 1\n", "has no function reward; check its spelling"),
@@ -240,5 +246,6 @@ def test_what_cannot_be_imported_is_named(function: str, message: str) -> None:
 )
 def test_a_file_is_checked_without_running_it(tmp_path: Path, source: str, message: str | None) -> None:
     (tmp_path / "f.py").write_text(source)
+    (tmp_path / "rewards.py").touch()
     with contextlib.nullcontext() if message is None else pytest.raises(ConfigError, match=message):
         check_source("scorers.x.function", f"{tmp_path / 'f.py'}:reward")
