@@ -13,7 +13,7 @@ import pytest
 from tests.distributed.launch import ROOT
 from tests.waiting import TIMEOUT
 
-KILLS = 14
+KILLS = 10
 
 
 @pytest.mark.distributed

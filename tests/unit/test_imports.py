@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -79,6 +80,7 @@ def part_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
+@functools.cache
 def imported_names(path: Path) -> set[str]:
     """Full names of all imports of a file, at its top or inside functions."""
     names = set()
@@ -97,6 +99,7 @@ def within(name: str, *modules: str) -> bool:
     return any(name == module or name.startswith(module + ".") for module in modules)
 
 
+@functools.cache
 def attributes(path: Path) -> set[str]:
     """Dotted names written in a file, such as `torch.distributed.init_process_group`."""
     return {
