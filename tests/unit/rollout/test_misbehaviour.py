@@ -22,6 +22,7 @@ from mpo_megatron.config import ConfigError, EndpointConfig, GenerateConfig
 from mpo_megatron.data.chat import Chat
 from mpo_megatron.data.tokenizer import load_tokenizer
 from mpo_megatron.files import DataError
+from mpo_megatron.rollout import client as client_module
 from mpo_megatron.rollout import http_responses
 from mpo_megatron.rollout.draws import DrawnGroup, answer
 from mpo_megatron.rollout.engines import Sampling, response_seed
@@ -73,7 +74,7 @@ def chat(model_folder: Path) -> Chat:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_responses, "_FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(client_module, "_FIRST_PAUSE", 0.001)
     monkeypatch.setattr(http_responses, "MAX_BODY_BYTES", 2**18)
 
 
@@ -276,7 +277,7 @@ NAMES = [
 def test_a_version_of_a_model_is_told_from_another_one(
     served: str, requested: str, same: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    client = http_responses.Client(EndpointConfig(base_url="http://localhost:1/v1", model=requested))
+    client = client_module.Client(EndpointConfig(base_url="http://localhost:1/v1", model=requested))
     assert client.find_other_model({"model": served}, requested) == (None if same else served)
     assert client.find_other_model({"model": served}, requested) == (None if same else served)
     assert capsys.readouterr().err.count(f"answers as {served}") == (not same)  # once
@@ -384,6 +385,6 @@ def test_prompts_and_key_follow_no_redirect(bad: Bad, chat: Chat, status: int) -
 
 def test_a_server_that_refuses_everything_ends_the_command(bad: Bad, chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bad, "seeds", {response_seed(1, "g", index) for index in range(K)})
-    monkeypatch.setattr(http_responses, "_MIN_LOST", 2)
+    monkeypatch.setattr(client_module, "_MIN_LOST", 2)
     with pytest.raises(DataError, match=r"refuses all of the first 2 questions; the last: 400.*no tools here.*Set endpoint\.api"):
         draw(bad, chat, reply({"error": "no tools here"}, status=400), concurrency=1)

@@ -13,6 +13,7 @@ from mpo_megatron.config import ConfigError, ScoreConfig
 from mpo_megatron.config.score import build_scorer_config
 from mpo_megatron.data.tokenizer import load_tokenizer
 from mpo_megatron.files import DataError
+from mpo_megatron.rollout import client as client_module
 from mpo_megatron.rollout import http_responses
 from mpo_megatron.rollout.records import read_lines
 from mpo_megatron.rollout.score import score
@@ -27,7 +28,7 @@ GROUP = group_line("a", "one", "two!", "three", "four")
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_responses, "_FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(client_module, "_FIRST_PAUSE", 0.001)
     monkeypatch.setattr(http_responses, "MAX_BODY_BYTES", 2**16)
 
 
