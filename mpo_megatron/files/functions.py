@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,7 +30,7 @@ def load_function(function: str) -> tuple[Callable[..., Any], str]:
     module = _load_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
     source = Path(getattr(module, "__file__", None) or "")
     found: Callable[..., Any] = getattr(module, name)
-    return found, source.read_text(encoding="utf-8") if source.suffix == ".py" else ""
+    return found, importlib.util.decode_source(source.read_bytes()) if source.suffix == ".py" else ""
 
 
 def find_function(option: str, function: str) -> Callable[..., Any]:
@@ -84,34 +85,41 @@ def check_source(option: str, function: str) -> None:
     if not place.endswith(".py"):
         return
     try:
-        source = Path(place).read_text(encoding="utf-8")
-        compile(source, place, "exec")
-        statements = ast.parse(source).body
-    except (SyntaxError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or null bytes
+        source = importlib.util.decode_source(Path(place).read_bytes())  # as Python does: byte-order mark, encoding in a comment
+        tree = ast.parse(source, place)
+        compile(tree, place, "exec")
+    except (SyntaxError, ValueError, RecursionError) as error:  # ValueError: another encoding, or null bytes
         raise ConfigError(f"{option} = {function}; {place} is not valid Python: {error}; fix it.") from error
     if name not in source and "import *" not in source:
         raise ConfigError(f"{option} = {function}; {place} has no function {name}; check its spelling.")
     if "sys.path" in source:  # where its imports are found shows only when it runs
         return
-    for statement in statements:
+    for statement in tree.body:
         for package in _packages(statement):
-            if not _is_importable(package, Path(place).parent):
+            if _is_neighbour(package, Path(place).parent):
+                return  # which may change sys.path, too
+            if not _is_importable(package):
                 where = f"{place}, line {statement.lineno}"
                 raise ConfigError(f"{option} = {function}; {where}, imports {package}, which is not installed; install it.")
 
 
-def _packages(statement: ast.stmt) -> set[str]:
+def _packages(statement: ast.stmt) -> list[str]:
     """The packages that a statement of a file imports, unless it is part of a condition, a `try` or a function."""
     if isinstance(statement, ast.Import):
-        return {name.name.partition(".")[0] for name in statement.names}
+        return [name.name.partition(".")[0] for name in statement.names]
     if isinstance(statement, ast.ImportFrom) and statement.level == 0 and statement.module:
-        return {statement.module.partition(".")[0]}
-    return set()
+        return [statement.module.partition(".")[0]]
+    return []
 
 
-def _is_importable(package: str, folder: Path) -> bool:
-    """Whether a file in the folder can import a package or a neighbour; imports nothing."""
-    if package in sys.modules or (folder / f"{package}.py").is_file() or (folder / package).is_dir():
+def _is_neighbour(package: str, folder: Path) -> bool:
+    """Whether a file in the folder imports a neighbour by this name, of Python or compiled."""
+    return package not in sys.stdlib_module_names and PathFinder.find_spec(package, [str(folder)]) is not None
+
+
+def _is_importable(package: str) -> bool:
+    """Whether a package is installed; imports nothing."""
+    if package in sys.modules:
         return True
     try:
         return importlib.util.find_spec(package) is not None

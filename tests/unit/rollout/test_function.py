@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import py_compile
 import time
 from pathlib import Path
 from typing import Any
@@ -249,3 +250,32 @@ def test_a_file_is_checked_without_running_it(tmp_path: Path, source: str, messa
     (tmp_path / "rewards.py").touch()
     with contextlib.nullcontext() if message is None else pytest.raises(ConfigError, match=message):
         check_source("scorers.x.function", f"{tmp_path / 'f.py'}:reward")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xef\xbb\xbfdef reward(response):\n    return 1\n",
+        b"# -*- coding: latin-1 -*-\ndef reward(response):\n    return len('\xe9')\n",
+    ],
+    ids=["byte-order mark", "latin-1"],
+)
+def test_a_file_is_read_as_python_reads_it(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "f.py").write_bytes(content)
+    check_source("scorers.x.function", f"{tmp_path / 'f.py'}:reward")
+    with contextlib.closing(build(f"{tmp_path / 'f.py'}:reward")) as scorer:
+        assert scorer.score(GROUPS) == [[1, 1, 1][: len(group["responses"])] for group in GROUPS]
+
+
+def test_a_neighbour_may_be_compiled_and_may_change_the_path(tmp_path: Path) -> None:
+    (tmp_path / "f.py").write_text("import paths, nowhere\nreward = nowhere.reward\n")
+    (tmp_path / "paths.source").touch()
+    py_compile.compile(str(tmp_path / "paths.source"), cfile=str(tmp_path / "paths.pyc"))
+    check_source("scorers.x.function", f"{tmp_path / 'f.py'}:reward")
+
+
+def test_a_dubious_escape_is_said_once(tmp_path: Path) -> None:
+    (tmp_path / "f.py").write_text("def reward(response):\n    return len('\\d')\n")
+    with pytest.warns(SyntaxWarning, match="invalid escape sequence") as said:
+        check_source("scorers.x.function", f"{tmp_path / 'f.py'}:reward")
+    assert len(said) == 1
