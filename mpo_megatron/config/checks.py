@@ -84,13 +84,13 @@ def check_length(path: Path, name: str) -> Path:
     most = os.pathconf(parent, "PC_NAME_MAX")
     longest = max([*others, last + NAME_ROOM if last else 0])
     require(
-        longest <= most,
+        longest <= most or most <= 0,  # some file systems in user space know no limit
         f"{name} = {str(path)[:60]}…: a name in it is too long: {longest} bytes with the endings of temporary files, but names "
         f"in {parent} have at most {most}; choose a shorter one.",
     )
     size, most = len(os.fsencode(whole)) + PATH_ROOM, os.pathconf(parent, "PC_PATH_MAX")
     require(
-        not last or size <= most,
+        not last or size <= most or most <= 0,
         f"{name} = {str(path)[:60]}…: the path is too long: {size} bytes with files in it, but paths have at most {most}; choose "
         "a shorter one.",
     )

@@ -227,6 +227,8 @@ def _reads_as_text(text: str) -> bool:
         return not text.startswith("-") and not isinstance(yaml.safe_load(text), list | dict | datetime.date)
     except (yaml.YAMLError, RecursionError):
         return True
+    except ValueError:  # looks like a date or a number, but is none: 2024-31-12, 0x_
+        return False
 
 
 def _check_argument(kind: type[Any], name: str, text: str) -> None:

@@ -140,7 +140,10 @@ def test_an_option_that_is_true_or_false_needs_no_value_to_be_true(arguments: li
     assert not parse(AlignConfig, ["--output", "o", "--model", "m", "--data", "d", "--plan", "false"]).plan
 
 
-TEXTS = ["Human:", "a: b", "-", "- x", "---", "-1", "null", "1.5", "{x}", "#", "2024-01-01", "'q'", "\n\nHuman:", "é"]
+TEXTS = [
+    *("Human:", "a: b", "-", "- x", "---", "-1", "null", "1.5", "{x}", "#", "'q'", "\n\nHuman:", "é"),
+    *("2024-01-01", "2024-31-12", "0x_"),
+]
 
 
 @pytest.mark.parametrize("text", TEXTS)

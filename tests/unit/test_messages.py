@@ -3,6 +3,7 @@ that takes seconds."""
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -264,6 +265,14 @@ def test_long_names_are_told_by_their_option(arguments: list[str], message: str,
     assert re.search(message, error)
     assert error.count("\n") == 1
     assert [path.name for path in Path().iterdir()] == ["g.yaml"]
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_a_file_system_that_knows_no_limit_has_none(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "pathconf", lambda path, name: limit)
+    Path("old").mkdir()
+    for name in ("old", "new"):
+        check_writable(Path(name), "output")
 
 
 def test_names_of_almost_any_length_are_allowed() -> None:
