@@ -52,12 +52,17 @@ class FieldRecord:
         """Place and value of each unread field that has a value; parts left out have none."""
         if not self.values.keys() <= self.used:
             for name, value in self.values.items():
-                if name not in self.used and value is not None and value not in _EMPTY:
+                if name not in self.used and not says_nothing(value):
                     yield f"{self.place}{name}", value
         for name in self.left_out:
             yield f"{self.place}{name}", None
         for record in self.inner:
             yield from record.unread()
+
+
+def says_nothing(value: Any) -> bool:
+    """Whether a value is missing or empty."""
+    return value is None or value in _EMPTY
 
 
 def without_indices(place: str) -> str:

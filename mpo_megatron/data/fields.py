@@ -6,7 +6,6 @@ import json
 import math
 import re
 from collections import Counter
-from decimal import Decimal
 from typing import Any
 
 from mpo_megatron.config.values import LARGEST_REWARD
@@ -62,11 +61,11 @@ def is_number(value: Any) -> bool:
     """Whether a value is a number, or a string that spells one; booleans are not."""
     if isinstance(value, str):
         return _NUMBER.fullmatch(value) is not None
-    return isinstance(value, int | float | Decimal) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def read_number(value: Any, field: str) -> float:
-    """A finite number; also accepts a numeric string ("4"), a boolean (1 or 0), and a decimal of Parquet."""
+    """A finite number; also accepts a numeric string ("4") and a boolean (1 or 0)."""
     if type(value) is float and -LARGEST_REWARD <= value <= LARGEST_REWARD:  # nearly all
         return value
     if value is None:
@@ -76,7 +75,7 @@ def read_number(value: Any, field: str) -> float:
         if not _NUMBER.fullmatch(word) and word not in _WORDS:
             raise RowError(field, f"is {value[:40]!r}, not a number")
         value = _WORDS[word] if word in _WORDS else float(word)
-    if not isinstance(value, int | float | Decimal):
+    if not isinstance(value, int | float):
         raise RowError(field, f"is of type {type(value).__name__}, not a number")
     try:
         number = float(value)

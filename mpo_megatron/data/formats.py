@@ -14,8 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mpo_megatron.data.field_record import FieldRecord, without_indices
-from mpo_megatron.data.fields import RowError
+from mpo_megatron.data.conversations import PROMPT_FIELDS
+from mpo_megatron.data.field_record import FieldRecord, says_nothing, without_indices
+from mpo_megatron.data.fields import RowError, check_names, parse_json
 from mpo_megatron.data.group import Answer, Group, Message, PromptDigests, RewardKind
 from mpo_megatron.data.tools import read_tools
 from mpo_megatron.data.unread import check_unread
@@ -184,17 +185,22 @@ def parse(row: Any, layout: InputLayout) -> Parsed:
 
 
 def unfold(row: RowValues) -> RowValues:
-    """The row with the messages and tools that OpenAI's form of a pair holds in `input`.
+    """The row with the messages and tools that OpenAI's form of a pair holds in `input`, as JSON text only if it is the prompt.
 
     Raises:
-        RowError: the row itself has them too.
+        RowError: the row itself has others.
     """
     request = row.get("input")
+    if not any(row.get(name) is not None for name in PROMPT_FIELDS if name != "input"):
+        request = parse_json(request, "{")
     if not isinstance(request, dict) or "messages" not in request:
         return row
-    rest = {name: value for name, value in row.items() if name != "input" and value is not None}
-    for name in request.keys() & rest.keys():
-        raise RowError(f"input.{name}", f"contradicts {name}: the row has both")
+    check_names(request, "input")
+    request = {name: value for name, value in request.items() if not says_nothing(value)}
+    rest = {name: value for name, value in row.items() if name != "input" and not says_nothing(value)}
+    for name in sorted(request.keys() & rest.keys()):
+        if request[name] != rest[name]:
+            raise RowError(f"input.{name}", f"contradicts {name}: the row has both")
     return rest | request
 
 

@@ -10,8 +10,9 @@ import json
 import lzma
 import zlib
 from collections.abc import Callable, Iterator
+from decimal import Decimal
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -136,13 +137,27 @@ def _read_parquet(path: Path) -> Source:
         number = 0
         try:
             for batch in file.iter_batches(batch_size=BATCH):
-                for value in batch.to_pylist():
+                for value in as_rows(batch):
                     number += 1
                     yield RawRow(str(path), number, value)
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{path}: damaged after row {number}: {one_line(error)}; copy it again.") from error
 
     return Source(file.metadata.num_rows, rows())
+
+
+def as_rows(table: pa.Table | pa.RecordBatch) -> list[dict[str, Any]]:
+    """The rows of an Arrow table, with decimals as the numbers that they are in JSON: integers where they have no fraction."""
+    rows: list[dict[str, Any]] = table.to_pylist()
+    return [_without_decimals(row) for row in rows] if "decimal" in str(table.schema) else rows
+
+
+def _without_decimals(value: Any) -> Any:
+    if isinstance(value, Decimal):
+        return int(value) if value == value.to_integral_value() else float(value)
+    if isinstance(value, dict):
+        return {name: _without_decimals(item) for name, item in value.items()}
+    return [_without_decimals(item) for item in value] if isinstance(value, list) else value
 
 
 _READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".tsv": _read_tsv, ".parquet": _read_parquet}

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from mpo_megatron.data.raw_rows import RawRow, Source, undecoded_lines
-from mpo_megatron.data.row_files import BATCH, format_suffix, is_readable, one_line, read_file, read_files
+from mpo_megatron.data.row_files import BATCH, as_rows, format_suffix, is_readable, one_line, read_file, read_files
 from mpo_megatron.data.store import INFO_FILE
 from mpo_megatron.files import DataError
 
@@ -91,8 +91,11 @@ def _open_folder(folder: Path, split: str, subset: str | None, option: str) -> S
         return _load_dataset(str(folder), split, subset, option)
     below = (path for path in folder.glob("[!.]*/**/*") if is_readable(path) and not (path.parent / INFO_FILE).is_file())
     if (unread := min(below, default=None)) is not None:
-        pattern = folder / "**" / f"*{unread.suffix}"
-        raise DataError(f"{option} = {folder}; {unread} is in a folder below, which is not read; give a pattern, as '{pattern}'.")
+        here, ending = glob.escape(str(folder)), f"*{unread.suffix}"
+        raise DataError(
+            f"{option} = {folder}; {unread} is in a folder below, which is not read; give a pattern: '{here}/**/{ending}' "
+            f"for all, '{here}/*{files[0].suffix}' without it."
+        )
     return read_files(_files_of_split(files, split), str(folder), option)
 
 
@@ -144,5 +147,5 @@ def _load_dataset(name: str, split: str, subset: str | None, option: str) -> Sou
 
 def _read_dataset(dataset: Any, name: str) -> Source:
     tables = dataset.with_format("arrow").iter(batch_size=BATCH)
-    values = (value for table in tables for value in table.to_pylist())
+    values = (value for table in tables for value in as_rows(table))
     return Source(len(dataset), (RawRow(name, number, value) for number, value in enumerate(values, start=1)))

@@ -253,8 +253,18 @@ def test_openai_s_form_of_a_pair() -> None:
     assert (layout.format, parsed.prompt, parsed.tools, parsed.labels) == ("pairs", (user("Q"),), (tool,), (1, 0))
     assert parsed.responses == ((assistant("A"),), (assistant("B"),))
     assert parsed.unused == ("parallel_tool_calls",)
+    for same in ({"tools": [tool]}, {"tools": []}, {"input": json.dumps(row["input"])}):
+        assert parse(row | same, layout) == parsed
+    for nothing in (None, []):  # Arrow gives every record all keys
+        assert parse(row | {"input": row["input"] | {"tools": nothing}, "tools": [tool]}, layout) == parsed
     with pytest.raises(RowError, match=r"^input\.tools contradicts tools: the row has both$"):
-        parse(row | {"tools": [tool]}, layout)
+        parse(row | {"tools": [tool | {"type": "other"}]}, layout)
+
+
+def test_json_beside_an_instruction_is_its_input() -> None:
+    text = json.dumps({"messages": [user("Hello")]})
+    row = {"instruction": "Who speaks?", "input": text, "chosen": "A", "rejected": "B"}
+    assert parse(row, detect([row])).prompt == (user(f"Who speaks?\n{text}"),)
 
 
 def test_a_comparison_without_a_winner_asks_for_it() -> None:

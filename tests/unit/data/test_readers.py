@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import re
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -83,13 +85,36 @@ def test_files_in_folders_below_are_not_left_out_silently(tmp_path: Path, write_
     assert len(groups_of(tmp_path / "data")) == 2
     write_lines(*ROWS[2:], name="data/more/b.jsonl")
     with pytest.raises(
-        DataError, match=r"more/b.jsonl is in a folder below, which is not read; give a pattern, as '.*data/\*\*/\*.jsonl'"
+        DataError,
+        match=r"more/b.jsonl is in a folder below, which is not read; .*'.*data/\*\*/\*.jsonl' for all, '.*data/\*.jsonl' w",
     ):
         read_groups(str(tmp_path / "data"))
     assert len(groups_of(tmp_path / "data" / "*.jsonl")) == 2
     assert len(groups_of(tmp_path / "data" / "**" / "*.jsonl")) == 5
     (tmp_path / "data" / "more" / "prepare.json").touch()  # written by `mpo prepare`
     assert len(groups_of(tmp_path / "data")) == 2
+
+
+def test_the_pattern_for_folders_below_can_be_copied(tmp_path: Path, write_lines: Writer) -> None:
+    (tmp_path / "[old]" / "more").mkdir(parents=True)
+    for number in range(2):
+        write_lines(*ROWS[number : number + 1], name=("[old]/a.jsonl", "[old]/more/b.jsonl")[number])
+    with pytest.raises(DataError, match="is in a folder below") as refused:
+        read_groups(str(tmp_path / "[old]"))
+    everything, above = re.findall("'(.*?)'", str(refused.value))
+    assert (len(groups_of(everything)), len(groups_of(above))) == (2, 1)
+
+
+def test_decimals_of_arrow_are_numbers_everywhere(tmp_path: Path) -> None:
+    """Databases write integers as decimals, too."""
+    datasets = pytest.importorskip("datasets")
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"most": Decimal("1.5")}}}
+    row = {"id": Decimal(7), "prompt": "Q", "response_1": "A", "response_2": "B", "winner": Decimal("2.0"), "tools": [tool]}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "rows.parquet")
+    datasets.Dataset.from_list([row]).save_to_disk(tmp_path / "saved")
+    for name in ("rows.parquet", "saved"):
+        (group,) = groups_of(tmp_path / name)
+        assert (group.group_id, group.labels, group.tools[0]["function"]["parameters"]) == ("7", (0, 1), {"most": 1.5})
 
 
 def test_a_dataset_folder_as_the_hub_lays_it_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
