@@ -94,8 +94,10 @@ class Chat:
         self.tokenizer, self.system_prompt, self.variables = tokenizer, system_prompt, dict(variables or {})
         self.templated = False
         where = f"tokenizer = {tokenizer.source}: its chat template"
+        template = tokenizer.template
+        text = "\n".join(template.values()) if isinstance(template, Mapping) else str(template)
         for name in self.variables:
-            known = re.search(rf"\b{re.escape(name)}\b", str(tokenizer.template)) is not None
+            known = re.search(rf"\b{re.escape(name)}\b", text) is not None
             require(known, f"chat_template_kwargs: {name}: {where} has no such variable; correct the name, or remove it.")
         question: list[Message] = [{"role": "user", "content": _QUESTION}]
         try:

@@ -27,7 +27,7 @@ class Thoughts:
             ConfigError: the template does not render one of them.
             UnusableAnswerError: the template refuses the answer.
         """
-        message: Message = {"role": "assistant", "content": answer}
+        message: Message = {"role": "assistant", "content": self.chat.strip_end(answer)}  # an end token alone is an empty answer
         message |= {"reasoning_content": thought} if thought is not None else {}
         message |= {"tool_calls": list(calls)} if calls else {}
         try:

@@ -103,6 +103,16 @@ def test_a_variable_that_the_template_lacks_is_refused(bpe_folder: Path, tmp_pat
         Chat(tokenizer, variables={"enable_thinking": False, "enable_thought": False})
 
 
+def test_a_variable_at_the_start_of_a_line_of_one_of_several_templates(
+    tokenizer: HuggingFaceTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spread = QWEN3.replace("enable_thinking", "\nenable_thinking")
+    assert spread != QWEN3
+    monkeypatch.setattr(tokenizer.backend, "chat_template", {"default": spread, "tool_use": QWEN2_5})
+    chat = Chat(tokenizer, variables={"enable_thinking": False})
+    assert "</think>" in chat.prompt(QUESTION)[0]
+
+
 def test_the_system_prompt_is_never_doubled(bpe_folder: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(bpe_folder, template_file(tmp_path, QWEN2_5))
     plain, own = Chat(tokenizer), Chat(tokenizer, system_prompt="Answer in verse.")

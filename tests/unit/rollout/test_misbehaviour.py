@@ -333,10 +333,11 @@ def test_a_group_without_any_response_fails_and_goes_on_with_other_seeds(
 def test_thoughts_are_put_back_as_the_template_writes_them(bad: Bad, model_folder: Path) -> None:
     tokenizer = load_tokenizer(model_folder)
     tokenizer.backend.chat_template = THINKING
-    thinking = body("Blue.", message={"reasoning_content": "It scatters."}, usage={"completion_tokens": 8})
-    record = draw(bad, Chat(tokenizer), reply(thinking))
-    assert record["responses"][BAD]["text"] == "<think>\nIt scatters.\n</think>\n\nBlue."
-    assert record["responses"][BAD]["num_tokens"] == 8
+    for said, put_back in (("Blue.", "Blue."), ("Blue.<|im_end|>", "Blue."), ("<|im_end|>", "")):
+        thinking = body(said, message={"reasoning_content": "It scatters."}, usage={"completion_tokens": 8})
+        record = draw(bad, Chat(tokenizer), reply(thinking))
+        assert record["responses"][BAD]["text"] == f"<think>\nIt scatters.\n</think>\n\n{put_back}"
+        assert record["responses"][BAD]["num_tokens"] == 8
 
 
 @pytest.mark.parametrize("arguments", ['{"city": "Ulm"}', {"city": "Ulm"}, "{city", None])
