@@ -8,6 +8,7 @@ import mmap
 import os
 import resource
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -109,13 +110,23 @@ def keep_freed_memory() -> None:
         return
     libc.mallopt(MALLOC_NUMBER_OF_MAPS, 0)  # large tensors, too, come from the heap
     libc.mallopt(MALLOC_TRIM_THRESHOLD, -1)  # whose end is never given back
-    _ask_for_large_pages(libc)
+    if not _addresses_are_limited():
+        _ask_for_large_pages(libc)
+
+
+def _addresses_are_limited() -> bool:
+    """Whether reserved addresses are missing elsewhere: by `ulimit`, or where the kernel counts them as memory in use."""
+    limits = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
+    if any(limit != resource.RLIM_INFINITY for limit in limits):
+        return True
+    policy = Path("/proc/sys/vm/overcommit_memory")
+    return policy.is_file() and policy.read_text().strip() == "2"
 
 
 def _ask_for_large_pages(libc: Any) -> None:
     """Extend the heap by half of the machine's memory, in addresses only, of which the kernel may use pages of 2 MiB.
 
-    Without effect if addresses are limited, or the kernel has no such pages. Its default is to use them only when asked.
+    Without effect if there are not so many, or the kernel has no such pages. Its default is to use them only when asked.
     """
     libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -102,6 +103,25 @@ def test_the_heap_may_use_large_pages_and_takes_no_memory() -> None:
     taken, large = done.stdout.split()
     assert large == "True"
     assert int(taken) < 8 * 1024  # KiB
+
+
+@pytest.mark.parametrize(("limited", "policy", "reserved"), [(None, "0", 1), ("AS", "0", 0), ("DATA", "1", 0), (None, "2", 0)])
+def test_where_addresses_are_scarce_none_are_reserved(
+    monkeypatch: pytest.MonkeyPatch, limited: str | None, policy: str, reserved: int
+) -> None:
+    """`ulimit -v`, or a kernel that counts them: files could no longer be mapped, or processes forked."""
+    scarce = None if limited is None else getattr(resource, f"RLIMIT_{limited}")
+    limits = dict.fromkeys((resource.RLIMIT_AS, resource.RLIMIT_DATA), (resource.RLIM_INFINITY, 0)) | {scarce: (2**36, 0)}
+    asked: list[Any] = []
+    monkeypatch.setattr(device, "has_gpu", lambda: False)
+    monkeypatch.setattr(device.resource, "getrlimit", limits.__getitem__)
+    monkeypatch.setattr(device.Path, "read_text", lambda path: f"{policy}\n")
+    monkeypatch.setattr(device.ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=lambda option, value: None))
+    monkeypatch.setattr(device, "_ask_for_large_pages", asked.append)
+    for name in [name for name in os.environ if name.startswith("MALLOC_")]:
+        monkeypatch.delenv(name)
+    device.keep_freed_memory()
+    assert len(asked) == reserved
 
 
 def test_without_addresses_to_reserve_pages_stay_small() -> None:
