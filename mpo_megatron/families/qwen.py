@@ -88,11 +88,12 @@ def read_experts(config: PretrainedConfig, *, shared: bool) -> Experts:
         normalized=config.norm_topk_prob,
         layers=tuple(layer not in dense and (layer + 1) % every == 0 for layer in range(config.num_hidden_layers)),
     )
+    kind = config.model_type.replace("_moe", "")
     require(
         experts.num >= 1 and any(experts.layers),
         f"config.json: num_experts = {experts.num}, decoder_sparse_step = {every}, mlp_only_layers = "
-        f"{config.mlp_only_layers}: no layer has experts; for a dense model, set model_type to "
-        f"{config.model_type.removesuffix('_moe')}.",
+        f"{config.mlp_only_layers}: no layer has experts; "
+        + ("copy the file again." if kind == config.model_type else f"for a dense model, set model_type to {kind}."),
     )
     check_experts(experts)
     return experts

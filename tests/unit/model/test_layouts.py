@@ -6,7 +6,15 @@ import sys
 from typing import Any
 
 import pytest
-from transformers import PretrainedConfig, Qwen2Config, Qwen2MoeConfig, Qwen3_5TextConfig, Qwen3Config, Qwen3MoeConfig
+from transformers import (
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3_5TextConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    Qwen3NextConfig,
+)
 
 from mpo_megatron import device
 from mpo_megatron.config import ConfigError, OptimizerConfig, ParallelConfig
@@ -147,8 +155,9 @@ def test_layers_of_stages(num_layers: int, layout: dict[str, int], expected: tup
         ),
         (
             Qwen3MoeConfig(num_hidden_layers=2, mlp_only_layers=[0, 1]),
-            "no layer has experts; for a dense model, set model_type to qwen3",
+            r"no layer has experts; for a dense model, set model_type to qwen3\.",
         ),
+        (Qwen3NextConfig(num_hidden_layers=4, decoder_sparse_step=5), r"no layer has experts; copy the file again\."),
         (Qwen2MoeConfig(num_experts_per_tok=61), "num_experts_per_tok = 61 of num_experts = 60"),
         (Qwen2MoeConfig(qkv_bias=False), "qkv_bias = False .default True.: published models have a bias"),
     ],
