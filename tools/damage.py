@@ -45,7 +45,7 @@ SECONDS = 120
 """Seconds after which a reader counts as hanging."""
 MEMORY = 256
 """MiB that reading a small file may take for a moment."""
-REMEDY = re.compile(r"\b(again|remove|copy|older|fix|write)\b")
+REMEDY = re.compile(r"\b(again|remove|copy|older|fix|write|convert)\b")
 
 
 @dataclasses.dataclass(frozen=True)

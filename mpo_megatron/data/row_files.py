@@ -9,7 +9,7 @@ import itertools
 import json
 import lzma
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from decimal import Decimal
 from pathlib import Path
 from typing import IO, Any
@@ -129,24 +129,30 @@ def _read_tsv(path: Path) -> Source:
 
 def _read_parquet(path: Path) -> Source:
     try:
-        file = pq.ParquetFile(path)
+        file = pq.ParquetFile(path, page_checksum_verification=True)  # of pages that have one
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a readable Parquet file: {one_line(error)}; copy it again.") from error
-
-    def rows() -> Iterator[RawRow]:
-        number = 0
-        try:
-            for batch in file.iter_batches(batch_size=BATCH):
-                for value in as_rows(batch):
-                    number += 1
-                    yield RawRow(str(path), number, value)
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{path}: damaged after row {number}: {one_line(error)}; copy it again.") from error
-
-    return Source(file.metadata.num_rows, rows())
+    return Source(file.metadata.num_rows, arrow_rows(file.iter_batches(batch_size=BATCH), str(path)))
 
 
-def as_rows(table: pa.Table | pa.RecordBatch) -> list[dict[str, Any]]:
+def arrow_rows(tables: Iterable[pa.Table | pa.RecordBatch], name: str) -> Iterator[RawRow]:
+    """The rows of an input that Arrow reads, one table after the other.
+
+    Raises:
+        DataError: it is damaged, or holds a text that is not UTF-8.
+    """
+    number = 0
+    try:
+        for table in tables:
+            table.validate(full=True)  # or a damaged offset may end the process
+            for value in _as_rows(table):
+                number += 1
+                yield RawRow(name, number, value)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{name}: damaged after row {number}: {one_line(error)}; copy or write it again.") from error
+
+
+def _as_rows(table: pa.Table | pa.RecordBatch) -> list[dict[str, Any]]:
     """The rows of an Arrow table, with decimals as the numbers that they are in JSON: integers where they have no fraction."""
     rows: list[dict[str, Any]] = table.to_pylist()
     return [_without_decimals(row) for row in rows] if "decimal" in str(table.schema) else rows

@@ -10,8 +10,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from mpo_megatron.data.raw_rows import RawRow, Source, undecoded_lines
-from mpo_megatron.data.row_files import BATCH, as_rows, format_suffix, is_readable, one_line, read_file, read_files
+from mpo_megatron.data.raw_rows import Source, undecoded_lines
+from mpo_megatron.data.row_files import BATCH, arrow_rows, format_suffix, is_readable, one_line, read_file, read_files
 from mpo_megatron.data.store import INFO_FILE
 from mpo_megatron.files import DataError
 
@@ -74,7 +74,7 @@ def _open_folder(folder: Path, split: str, subset: str | None, option: str) -> S
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         try:
             dataset = load_from_disk(str(folder))
-        except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        except (pa.ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # from damaged JSON
             raise DataError(f"{option} = {folder}: datasets cannot read it: {one_line(error)}; copy it again.") from error
         if isinstance(dataset, DatasetDict):
             if split not in dataset:
@@ -146,6 +146,4 @@ def _load_dataset(name: str, split: str, subset: str | None, option: str) -> Sou
 
 
 def _read_dataset(dataset: Any, name: str) -> Source:
-    tables = dataset.with_format("arrow").iter(batch_size=BATCH)
-    values = (value for table in tables for value in as_rows(table))
-    return Source(len(dataset), (RawRow(name, number, value) for number, value in enumerate(values, start=1)))
+    return Source(len(dataset), arrow_rows(dataset.with_format("arrow").iter(batch_size=BATCH), name))
