@@ -16,6 +16,7 @@ import copy
 import dataclasses
 import glob
 import hashlib
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -215,8 +216,9 @@ def count_rows(data: list[str], option: str, prepare: PrepareConfig | None = Non
     total = 0
     for name in data:
         source = open_source(name, split=split, subset=subset, option=option)
-        total += source.total if source.total is not None else sum(1 for _ in source.rows)
-    return min(total, max_rows or total)
+        rows = source.total if source.total is not None else sum(1 for _ in itertools.islice(source.rows, max_rows))
+        total += min(rows, max_rows or rows)
+    return total
 
 
 def data_digest(data: list[str]) -> str:

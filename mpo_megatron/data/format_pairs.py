@@ -49,12 +49,12 @@ def _settle_pairs(sample: Sample, options: Options) -> InputLayout:
     rating = "+".join(options.ratings)
     if len(options.ratings) > 1:
         raise DataError(f"rating = {rating}; format pairs takes one name, not several; choose one.")
-    names = [name for side in ("chosen", "rejected") for name in _score_fields(side, options.ratings)]
+    sides = _sides(sample.columns) or ("chosen", "rejected")
+    names = [name for side in sides for name in _score_fields(side, options.ratings)]
     scored = sample.has(*names)
     if options.ratings and not scored:
-        raise DataError(
-            f"rating = {rating}; no column chosen_{rating} or rejected_{rating} holds anything; found {sorted(sample.columns)}."
-        )
+        wanted = " or ".join(_score_fields(side, options.ratings)[0] for side in sides)
+        raise DataError(f"rating = {rating}; no column {wanted} holds anything; found {sorted(sample.columns)}.")
     return InputLayout(
         format="pairs",
         reward_kind="scores" if scored else "labels",

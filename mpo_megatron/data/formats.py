@@ -197,9 +197,9 @@ def unfold(row: RowValues) -> RowValues:
         return row
     check_names(request, "input")
     request = {name: value for name, value in request.items() if not says_nothing(value)}
-    rest = {name: value for name, value in row.items() if name != "input" and not says_nothing(value)}
-    for name in sorted(request.keys() & rest.keys()):
-        if request[name] != rest[name]:
+    rest = {name: value for name, value in row.items() if name != "input"}
+    for name in request.keys() & rest.keys():
+        if request[name] != rest[name] and not says_nothing(rest[name]):
             raise RowError(f"input.{name}", f"contradicts {name}: the row has both")
     return rest | request
 

@@ -24,7 +24,7 @@ from mpo_megatron.align import plan as planning
 from mpo_megatron.align.align import align, open_folder
 from mpo_megatron.align.estimate import Machine, estimate, generation_rate, groups_of_round
 from mpo_megatron.align.outcome import read_numbers
-from mpo_megatron.align.plan import build_rounds, build_stages, data_digest
+from mpo_megatron.align.plan import build_rounds, build_stages, count_rows, data_digest
 from mpo_megatron.align.precision import describe_precision
 from mpo_megatron.config import (
     AlignConfig,
@@ -393,6 +393,14 @@ def test_generation_reads_weights_or_multiplies(engine: Any) -> None:
     rate = generation_rate(Machine(workload=workload, words="", gpu=True), generate)
     reading = 2 * 8.03e9 / (3.35e12 * workload.assumed.memory_efficiency)
     assert rate == pytest.approx((256 if engine == "vllm" else 32) / reading, rel=1e-3)
+
+
+def test_only_the_rows_that_prepare_reads_count(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.csv"):  # only reading tells a CSV file's rows
+        (tmp_path / name).write_text("p\n" * 5)
+    prepare = PrepareConfig(input="", output="", tokenizer="", max_rows=3)
+    assert count_rows([str(tmp_path / "a.jsonl"), str(tmp_path / "b.csv")], "data", prepare) == 6
+    assert count_rows([str(tmp_path / "a.jsonl"), str(tmp_path / "b.csv")], "data") == 9
 
 
 @pytest.mark.parametrize(("given", "held_out"), [(None, 4), (7, 7)])

@@ -8,7 +8,7 @@ import pytest
 
 from mpo_megatron.data import conversations, format_groups
 from mpo_megatron.data.fields import RowError
-from mpo_megatron.data.formats import InputLayout, Options, build_group, detect, parse
+from mpo_megatron.data.formats import InputLayout, Options, build_group, detect, parse, unfold
 from mpo_megatron.data.group import Group
 from mpo_megatron.files import DataError
 from tests.unit.data.messages import assistant, user
@@ -146,6 +146,13 @@ def test_pairs_with_scores(names: tuple[str, str]) -> None:
     assert (group.rewards, group.labels) == ((8.0, 5.5), (1, 0))
 
 
+def test_openai_s_form_with_scores() -> None:
+    row = {"prompt": "Q", "preferred_output": "A", "non_preferred_output": "B", "preferred_score": 8, "non_preferred_score": 5.5}
+    for options in (Options(), Options(ratings=("score",))):
+        layout = detect([row], options=options)
+        assert (layout.reward_kind, parse(row, layout).rewards) == ("scores", (8.0, 5.5))
+
+
 def test_ratings() -> None:
     row = {"prompt": "Q", "response": "A", "helpfulness": 3, "correctness": 4, "verbosity": 1}
     layout = detect([row])
@@ -257,6 +264,7 @@ def test_openai_s_form_of_a_pair() -> None:
         assert parse(row | same, layout) == parsed
     for nothing in (None, []):  # Arrow gives every record all keys
         assert parse(row | {"input": row["input"] | {"tools": nothing}, "tools": [tool]}, layout) == parsed
+    assert unfold({"input": row["input"], "note": "", "tools": None}) == {"note": "", **row["input"]}
     with pytest.raises(RowError, match=r"^input\.tools contradicts tools: the row has both$"):
         parse(row | {"tools": [tool | {"type": "other"}]}, layout)
 
