@@ -63,11 +63,12 @@ def prepare_rank(config: TrainConfig) -> Setup:
     Raises:
         ConfigError: the configuration cannot work.
     """
-    from mpo_megatron import device
     from mpo_megatron.train.environment import set_environment
+
+    set_environment(config)  # before torch is imported, and CUDA initialized
+    from mpo_megatron import device
     from mpo_megatron.train.setup import build_setup
 
-    set_environment(config)  # before CUDA is initialized
     device.keep_freed_memory()
     signals.leave_with(config.faults.requeue_code)
     return build_setup(config, int(os.environ.get("WORLD_SIZE", "1")))  # without torchrun, the world size is 1

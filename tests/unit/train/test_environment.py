@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +94,20 @@ def test_a_hidden_gpu_does_not_count(gpus: Path, monkeypatch: pytest.MonkeyPatch
     assert compute_capability() == HOPPER
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert compute_capability() is None
+
+
+def test_the_environment_is_set_before_torch_reads_it() -> None:
+    code = """if True:
+        import sys
+        from unittest import mock
+        from mpo_megatron.config import DataConfig, ModelConfig, TrainConfig
+        from mpo_megatron.train.rank import prepare_rank
+        def look(config):
+            raise SystemExit("torch" in sys.modules)
+        with mock.patch("mpo_megatron.train.environment.set_environment", look):
+            prepare_rank(TrainConfig(model=ModelConfig(checkpoint="c"), data=DataConfig(train="t"), output="o"))
+    """
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_a_rank_keeps_freed_memory(monkeypatch: pytest.MonkeyPatch) -> None:
