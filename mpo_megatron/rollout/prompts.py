@@ -142,6 +142,8 @@ def _read_rows(source: str) -> Iterator[tuple[str, Record | Rejection]]:
             yield f"{row.file}:{row.line}", _read_row(row.value, layout)
         except RowError as error:
             yield f"{row.file}:{row.line}", row.reject(error)
+        except RecursionError:
+            yield f"{row.file}:{row.line}", row.reject(RowError("row", "is nested too deeply"))
 
 
 def _detect(head: Iterable[RawRow]) -> InputLayout | None:

@@ -160,6 +160,18 @@ def test_what_is_left_out_is_named(tmp_path: Path, model_folder: Path) -> None:
     assert "JSON cannot hold" in told[9]
 
 
+def test_deeply_nested_rows_are_left_out(tmp_path: Path, model_folder: Path) -> None:
+    """Python's limit depends on what reads them; no depth is an error of the whole file."""
+    tool = '{"type": "function", "function": {"name": "f", "x": DEEP}}'
+    deep = (tool.replace("DEEP", "[" * depth + "]" * depth) for depth in range(100, 1600, 25))
+    rows = [f'{{"prompt": "Q", "tools": [{tool}]}}' for tool in deep]
+    (tmp_path / "deep.jsonl").write_text("\n".join([*rows, '{"prompt": "Sky?"}']))
+    found = load(tmp_path / "deep.jsonl", model_folder)
+    assert found.records[-1]["prompt"] == [{"role": "user", "content": "Sky?"}]
+    assert len(found.records) + len(found.rejections) == len(rows) + 1
+    assert "is nested too deeply" in {rejection.reason for rejection in found.rejections}
+
+
 def test_one_id_for_two_prompts_is_refused(tmp_path: Path, model_folder: Path) -> None:
     path = write_lines(tmp_path / "p.jsonl", [{"prompt": "a", "id": 1}, {"prompt": "b", "id": 1}])
     with pytest.raises(DataError, match=r"p\.jsonl:2: group_id = 1 already belongs to the prompt at .*p\.jsonl:1"):
