@@ -21,6 +21,7 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import sys
@@ -44,7 +45,7 @@ RIGHT = ("no difference", "refused", "computed again", "as after a kill")
 SECONDS = 120
 """Seconds after which a reader counts as hanging."""
 MEMORY = 256
-"""MiB that reading a small file may take for a moment."""
+"""MiB that reading a small file may add to a process's peak."""
 REMEDY = re.compile(r"\b(again|remove|copy|older|fix|write|convert)\b")
 
 
@@ -160,9 +161,9 @@ def run_trials(kind: Kind, trials: Sequence[Trial]) -> Iterator[str]:
                 (place for place, (old, new) in enumerate(zip(whole, changed, strict=False)) if old != new), len(changed)
             )
             try:
-                before = reset_peak()
+                before = peak_memory()
                 outcome = judge(kind, trial, read, expected, whole[:first].count(b"\n"))
-                taken = peak() - before
+                taken = peak_memory() - before
                 yield outcome if taken <= MEMORY else f"much memory: {taken:,} MiB, {outcome}"
             finally:
                 trial.file.write_bytes(whole)
@@ -206,16 +207,9 @@ def judge_message(trial: Trial, message: str) -> str:
     return "refused"
 
 
-def reset_peak() -> int:
-    """Let the peak of this process's memory start anew at what is in use, in MiB."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return peak()
-
-
-def peak() -> int:
-    """Peak of this process's resident memory, in MiB."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) // 2**10
+def peak_memory() -> int:
+    """Peak of this process's resident memory so far, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**10
 
 
 @contextlib.contextmanager
